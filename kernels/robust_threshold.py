@@ -1,0 +1,44 @@
+"""Outlier thresholds from median and median absolute deviation (MAD), one a sample, without a host round trip."""
+
+import torch
+
+NORMAL_CONSISTENCY = 1.4826
+"""MAD times this estimates the standard deviation of normally distributed values."""
+
+
+def sample_median(values: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Median of each row, the mean of the two middle values where their number is even, as in numpy.
+
+    Args:
+        values: (B, N). NaN counts as larger than any number.
+        valid: (N,) or (B, N) bool, optional: the entries to look at. A row with none gives NaN.
+
+    Returns:
+        (B,) in the dtype of `values`.
+    """
+    if valid is None:
+        middle = values.shape[1] // 2
+        upper = values.kthvalue(middle + 1, dim=1).values
+        if values.shape[1] % 2:
+            return upper
+        return (upper + values.kthvalue(middle, dim=1).values) / 2
+    valid = valid.expand_as(values)
+    ordered = values.masked_fill(~valid, torch.inf).sort(dim=1).values
+    count = valid.sum(dim=1, keepdim=True)
+    pair = torch.cat([(count - 1) // 2, count // 2], dim=1).clamp(min=0, max=values.shape[1] - 1)
+    return torch.where(count[:, 0] > 0, ordered.gather(1, pair).mean(dim=1), torch.nan)
+
+
+def robust_threshold(values: torch.Tensor, k: float, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """median + k * 1.4826 * MAD of each sample: (B, ...) gives (B,).
+
+    Args:
+        values: (B, ...), at least one value a sample.
+        k: how many robust standard deviations above the median the threshold lies.
+        valid: bool, broadcastable to the shape of `values`, optional: the entries that count.
+    """
+    rows = values.flatten(1)
+    rows_valid = None if valid is None else valid.expand_as(values).flatten(1)
+    median = sample_median(rows, rows_valid)
+    mad = sample_median((rows - median[:, None]).abs(), rows_valid)
+    return median + k * NORMAL_CONSISTENCY * mad

@@ -1,0 +1,45 @@
+"""Speed of a quantity between two sampling steps: its absolute change, smoothed over space."""
+
+import torch
+from kornia.filters import filter2d_separable, get_gaussian_kernel1d
+
+TRUNCATE = 4.0
+"""The Gaussian is cut off at this many standard deviations, as in scipy.ndimage.gaussian_filter."""
+
+
+def mirror_pad(x: torch.Tensor, pad: int) -> torch.Tensor:
+    """Pad height and width by `pad` pixels mirrored about the image's edge (d c b a | a b c d | d c b a).
+
+    torch's own "reflect" leaves the edge pixel out and refuses pads as large as the image; this is scipy's "reflect".
+    x: (B, C, H, W), any dtype; gives (B, C, H + 2 pad, W + 2 pad).
+    """
+    for dim in (-2, -1):
+        size = x.shape[dim]
+        index = torch.arange(-pad, size + pad, device=x.device) % (2 * size)
+        x = x.index_select(dim, torch.where(index < size, index, 2 * size - 1 - index))
+    return x
+
+
+def gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian blur of each channel over height and width; `sigma` in pixels, 0 gives x back. x: (B, C, H, W)."""
+    radius = int(TRUNCATE * sigma + 0.5)
+    if radius == 0:
+        return x
+    kernel = get_gaussian_kernel1d(2 * radius + 1, sigma, device=x.device, dtype=x.dtype)
+    return filter2d_separable(mirror_pad(x, radius), kernel, kernel, padding="valid")
+
+
+def change_speed(current: torch.Tensor, previous: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Smoothed speed of change, d_t = blur(|current - previous|), computed in float32.
+
+    ASCED's released code takes this of 8-bit images of the clean estimate and blurs across the colour channels too;
+    here it is taken of raw floats and of each channel by itself.
+
+    Args:
+        current, previous: (B, C, H, W), the quantity at this step and at the one before it.
+        sigma: standard deviation of the blur in pixels.
+
+    Returns:
+        (B, C, H, W) float32, not negative, in the units of the input.
+    """
+    return gaussian_blur((current.float() - previous.float()).abs(), sigma)

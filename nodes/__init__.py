@@ -1,0 +1,6 @@
+"""Table of contents: every node of the pack, in the order of the menu."""
+
+from .asced.schema import NODES as ASCED_NODES
+from .demo.schema import NODES as DEMO_NODES
+
+NODES = [*ASCED_NODES, *DEMO_NODES]

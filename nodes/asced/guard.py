@@ -1,0 +1,238 @@
+"""The guard: one wrapper around a sampler run that watches it and, if it finds artifacts, restarts it repaired.
+
+The sampler itself runs untouched. If at the correction step nothing was found it simply goes on, so that an idle guard
+changes no bit and costs no model call. If something was found, the sampler is left with a private exception that
+carries the repaired sample, and the same sampler is run again on the rest of the schedule.
+"""
+
+import copy
+import functools
+import time
+
+import torch
+
+import comfy.model_patcher
+import comfy.samplers
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, add_wrapper_with_key
+
+from ..coordinates import coefficients, noise_ratio
+from ..latents import FrameLayout, check_latent, mask_to_frames
+from .detector import Estimate
+from .options import GuardSettings
+from .report import ArtifactReport, RunRecord
+from .watch import Watch
+from .window import plan_window
+
+WRAPPER_KEY = "artifact_guard.asced"
+
+SEED_STEP = 1_000_003
+"""Added to the seed for each restart: a stochastic sampler must not draw the noise of its first leg once more."""
+
+
+class ModelProbe:
+    """Stands between a sampler and its model: passes everything on and remembers the last call.
+
+    The sampler's callback cannot be used for that: several samplers report there the initial noise, a rescaled state
+    or another sigma than they gave the model.
+    """
+
+    def __init__(self, model):
+        self.__dict__.update(model=model, calls=0, last=None)
+
+    def __call__(self, x, sigma, **kwargs):
+        denoised = self.model(x, sigma, **kwargs)
+        self.__dict__.update(calls=self.calls + 1, last=(x, sigma, denoised))
+        return denoised
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.model, name, value)
+
+
+class Restart(Exception):
+    """Leaves a sampler at the correction step. It belongs to one run: guards inside each other catch only their own."""
+
+    def __init__(self, run: "GuardedRun", x: torch.Tensor, sigma: torch.Tensor):
+        super().__init__("A guarded sampler was left to go on from a repaired sample.")
+        self.run, self.x, self.sigma = run, x, sigma
+
+
+class GuardedRun:
+    """The guard's state in one call of a sampler: made when sampling starts, gone when it ends."""
+
+    def __init__(self, settings: GuardSettings, record: RunRecord, watch: Watch, model_sampling, schedule: torch.Tensor):
+        self.settings = settings
+        self.record = record
+        self.watch = watch
+        self.model_sampling = model_sampling
+        self.schedule = schedule
+        self.sigmas = schedule.tolist()
+
+    def sample(self, sampler_function, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        """The sampler function that KSAMPLER calls instead of `sampler_function`; same arguments, same result."""
+        extra_args = extra_args or {}
+        original = {**extra_args, "model_options": _cloned_options(extra_args)}
+        shape, first_step, remaining = x.shape, 0, sigmas
+        self.watch.forget()
+        while True:
+            probe = ModelProbe(model)
+            watching = self._watching_callback(probe, shape, callback, first_step)
+            try:
+                result = sampler_function(
+                    probe, x, remaining, extra_args=extra_args, callback=watching, disable=disable, **options
+                )
+                if remaining is not sigmas:
+                    sigmas[-1] = remaining[-1]
+                return result
+            except Restart as restart:
+                if restart.run is not self:
+                    raise
+                x, sigma = restart.x, restart.sigma
+            finally:
+                self.record.model_calls += probe.calls
+            remaining, first_step = self._rest_of_schedule(sigma, sigmas)
+            extra_args = {**original, "model_options": _cloned_options(original)}
+            if original.get("seed") is not None:
+                extra_args["seed"] = original["seed"] + SEED_STEP * self.record.restarts
+
+    def _rest_of_schedule(self, sigma: torch.Tensor, sigmas: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The sigmas still to come, from the present one on, and the number of the step that begins there.
+
+        Read from a copy of the schedule: uni_pc writes into the sigmas it is given. A sigma that differs from one of
+        the schedule by rounding alone (adaptive solvers compute theirs) counts as that one.
+        """
+        below = self.schedule[self.schedule < sigma.cpu() * (1 - 1e-4)]
+        rest = torch.cat([sigma.cpu().reshape(1), below]).to(sigmas)
+        return rest, len(self.schedule) - len(rest)
+
+    def _watching_callback(self, probe: ModelProbe, shape: torch.Size, callback, first_step: int):
+        """The callback given to the sampler: tells the user's own, with steps counted on, and then looks."""
+
+        def watching(info):
+            if callback is not None:
+                callback({**info, "i": info["i"] + first_step} if first_step else info)
+            if self.watch.done:
+                return
+            if probe.last is None or probe.last[0].shape != shape or info["x"].shape != shape:
+                self.watch.give_up("this sampler changes the size of the latent while it runs")
+                return
+            x, sigma, denoised = _accepted_state(probe, info)
+            sigma = sigma.reshape(-1)[0]
+            a, b = coefficients(self.model_sampling, sigma)
+            steps_left = sum(s < float(sigma) for s in self.sigmas)
+            repaired = self.watch.look(Estimate(x, denoised, a, b), steps_left)
+            if repaired is not None:
+                raise Restart(self, repaired, sigma)
+
+        return watching
+
+
+def _cloned_options(extra_args: dict) -> dict:
+    """The run's model options as they were before the first leg: CFG++ samplers add their functions to them."""
+    return comfy.model_patcher.create_model_options_clone(extra_args.get("model_options", {}))
+
+
+def _accepted_state(probe: ModelProbe, info: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x, sigma, denoised) of the step that a sampler just reported.
+
+    The model's last call tells it, but for the adaptive solver: that tries steps before it takes them, and there the
+    callback has the accepted ones.
+    """
+    if "n_accept" in info:
+        return info["x"], torch.as_tensor(info["sigma"]), info["denoised"]
+    return probe.last
+
+
+def reason_not_to_guard(sampler, model_sampling, sigmas: list[float], layout: FrameLayout | None) -> str | None:
+    """Why a run cannot be guarded, in words; None if it can."""
+    if not isinstance(sampler, comfy.samplers.KSAMPLER):
+        return f"the sampler {type(sampler).__name__} is not of ComfyUI's common kind and cannot be restarted"
+    if layout is None:
+        return "the latent has no image part (no two spatial axes)"
+    if len(sigmas) < 2 or any(now <= after for now, after in zip(sigmas, sigmas[1:])):
+        return "the noise schedule does not fall from step to step"
+    if coefficients(model_sampling, sigmas[0])[1] == 0:
+        return "this model's sampling adds no noise, so nothing can be renoised"
+    return None
+
+
+def guard_model(
+    model: comfy.model_patcher.ModelPatcher, settings: GuardSettings, region: torch.Tensor | None = None
+) -> tuple[comfy.model_patcher.ModelPatcher, ArtifactReport]:
+    """A clone of the model that is guarded whenever it is sampled, and the report of what is found.
+
+    Args:
+        region: MASK (M, h, w) at image size, optional: where repair is allowed.
+
+    At strength 0 the clone is not patched at all.
+    """
+    report = ArtifactReport(settings, model.get_model_object("latent_format"))
+    patched = model.clone()
+    if settings.strength > 0:
+        patch = GuardPatch(settings, region, report)
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, patch.outer_sample)
+    return patched, report
+
+
+class GuardPatch:
+    """The two wrappers of a guarded model. What belongs to one run is made in the outer one and dies with the run."""
+
+    def __init__(self, settings: GuardSettings, region: torch.Tensor | None, report: ArtifactReport):
+        self.settings = settings
+        self.region = region
+        self.report = report
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        """Wrapper around one whole run: checks the input, hands the sampler a guard of its own, files the record."""
+        guider = executor.class_obj
+        model = guider.model_patcher.model
+        shapes = kwargs.get("latent_shapes") or [latent_image.shape]
+        layout = FrameLayout.of(shapes)
+        if layout is None or len(layout.shapes) == 1:
+            check_latent(latent_image, model.latent_format)
+        region = None
+        if layout is not None and self.region is not None:
+            region = mask_to_frames(self.region, layout, "region").to(guider.model_patcher.load_device)
+
+        record = RunRecord(self.settings, layout, model.latent_format)
+        wrapper = functools.partial(self.sampler_sample, record=record, region=region)
+        add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, wrapper, guider.model_options, is_model_options=True)
+        start = time.perf_counter()
+        output = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        record.seconds = time.perf_counter() - start
+        self.report.add(record, output)
+        return output
+
+    def sampler_sample(
+        self, executor, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+        disable_pbar=False, *, record: RunRecord, region: torch.Tensor | None,
+    ):
+        """Wrapper around the sampler inside a run: swaps its function for the guarded one, on a copy of the sampler."""
+        sampler, layout = executor.class_obj, record.layout
+        arguments = (model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+        model_sampling = model_wrap.inner_model.model_sampling
+        schedule = sigmas.detach().cpu().clone()
+        reason = reason_not_to_guard(sampler, model_sampling, schedule.tolist(), layout)
+        if reason is None:
+            ratios = [noise_ratio(model_sampling, sigma) for sigma in schedule[:-1]]
+            settings = self.settings
+            window = plan_window(ratios, settings.window, settings.detect_from, settings.correct_at)
+            reason = window if isinstance(window, str) else None
+        if reason is not None:
+            record.refuse(reason)
+            return executor(*arguments)
+
+        record.plan(window, ratios)
+        valid = None
+        if denoise_mask is not None:
+            valid = layout.frames(denoise_mask.expand(noise.shape))[:, 0] > 0
+        watch = Watch(self.settings, record, region, valid, extra_args.get("seed") or 0)
+        run = GuardedRun(self.settings, record, watch, model_sampling, schedule)
+        guarded = copy.copy(sampler)
+        guarded.sampler_function = functools.wraps(sampler.sampler_function)(
+            functools.partial(run.sample, sampler.sampler_function)
+        )
+        inner = WrapperExecutor.new_class_executor(guarded.sample, guarded, executor.wrappers, executor.idx + 1)
+        return inner.execute(*arguments)

@@ -1,0 +1,61 @@
+"""When to look and when to repair: the window of a run, planned on its own schedule before it starts."""
+
+from dataclasses import dataclass
+
+BEST_NOISE_RATIO = 3.1
+"""b / a at the correction step that the paper found best (t/T = 0.48 of its linear schedule)."""
+
+FIRST_NOISE_RATIO = 6.0
+"""Above this b / a the clean estimate is hardly more than the mean of the data: nothing local can be seen yet."""
+
+MIN_STEPS = 3
+"""One change needs two estimates, and after the repair there has to be a step left to use it."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Indices into the run's sigmas: estimates from `detect_from` on are compared, the repair is at `correct_at`."""
+
+    detect_from: int
+    correct_at: int
+
+    def following(self, steps: int) -> "Window | None":
+        """The window of the next round: from the repair on, half as long, at least two steps; None if none fits."""
+        correct = self.correct_at + max(2, (self.correct_at - self.detect_from) // 2)
+        return Window(self.correct_at, correct) if correct <= steps - 2 else None
+
+
+def plan_window(ratios: list[float], window: str, detect_from: float, correct_at: float) -> Window | str:
+    """Choose the window of a run.
+
+    Args:
+        ratios: b / a at every sigma at which a step begins, falling; its length is the number of steps.
+        window: "manual" takes the two fractions of the run's steps, "auto" ignores them and repairs at the last step
+            whose b / a is at least 3.1. A run that starts below that (img2img, a second stage) is looked at from its
+            first step on and repaired after a quarter of its steps.
+
+    Returns:
+        The window, or the reason why the run cannot be guarded.
+    """
+    steps = len(ratios)
+    last = steps - 2
+    if steps < MIN_STEPS:
+        return f"a run of {steps} step{'s' * (steps != 1)} is too short to be guarded: {MIN_STEPS} are needed"
+    if window == "manual":
+        first, correct = int(detect_from * steps), int(correct_at * steps)
+        if correct > last:
+            return (
+                f"correct_at {correct_at:g} is step {correct} of {steps}, too late: two steps have to be left after "
+                f"the repair. Set correct_at to {last / steps:.2f} or less"
+            )
+        if correct - first < 1:
+            return (
+                f"the window from {detect_from:g} to {correct_at:g} holds one of the run's {steps} steps, and a change "
+                f"needs two. Widen it by at least {1 / steps:.2f}"
+            )
+        return Window(first, correct)
+    early = [i for i, ratio in enumerate(ratios) if ratio >= BEST_NOISE_RATIO]
+    correct = min(max(early[-1] if early else steps // 4, 2), last)
+    visible = [i for i, ratio in enumerate(ratios) if ratio <= FIRST_NOISE_RATIO]
+    first = min(visible[0] if visible else 0, max(0, correct - 3))
+    return Window(first, correct)
