@@ -97,6 +97,5 @@ def keep_regions(abnormal: torch.Tensor, options: AscedOptions) -> torch.Tensor:
     """Of the pixels abnormal at any step of the window, (F, H, W), those in regions of credible area and width."""
     height, width = abnormal.shape[-2:]
     area = height * width
-    return filter_regions(
-        abnormal, options.min_area * area, options.max_area * area, pixels(options.min_width, min(height, width), 1)
-    )
+    min_width = pixels(options.min_width, min(height, width), 1) | 1  # odd, so that the eroding square has a centre
+    return filter_regions(abnormal, options.min_area * area, options.max_area * area, min_width)

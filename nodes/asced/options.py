@@ -34,8 +34,8 @@ class AscedOptions:
     blur: float = 2 / 256
     min_area: float = 0.0015
     max_area: float = 0.15
-    min_width: float = 0.02
-    dilate: float = 0.02
+    min_width: float = 5 / 256
+    dilate: float = 5 / 256
     rounds: int = 1
     noise_seed: int = 0
 

@@ -1,0 +1,48 @@
+"""What the benchmarks on the exact denoiser share: its data sets, trapped batches, and guarded runs of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..exact.images import shape_images
+from ..exact.model import Trajectory, sample
+from ..exact.trap_families import make_traps, one_per_sample
+from .data import load_fashion_mnist
+
+SIZE = 32
+BATCH = 32
+STEPS = 25
+
+
+def data_sets(data: Path | None, count: int = 1200) -> dict[str, torch.Tensor]:
+    """Images (count, C, 32, 32) of each data set by name: drawn by code, and of Fashion-MNIST."""
+    fashion = load_fashion_mnist(data)[0][0]
+    spread = torch.linspace(0, len(fashion) - 1, count).long()
+    return {"shapes": shape_images(count, SIZE, seed=7), "fashion-mnist": fashion[spread]}
+
+
+@dataclass
+class Run:
+    """One batch sampled under a guard: result x0, every step's clean estimate (S, B, C, H, W), the guard's record."""
+
+    result: torch.Tensor
+    estimates: torch.Tensor
+    record: object
+
+
+def trapped_batch(kind: str, split: str, seed: int, images: torch.Tensor, **settings) -> tuple[list, torch.Tensor]:
+    """Traps for a batch, one a sample, and the truth (B, H, W)."""
+    traps = make_traps(kind, split, seed, (SIZE, SIZE), BATCH, channels=images.shape[1], textures=images, **settings)
+    truth = torch.cat([trap.mask for trap in traps])
+    return one_per_sample(traps), truth
+
+
+def guarded_run(pack, model, settings, seed: int, **sampling) -> Run:
+    """Sample a batch of the exact model under a guard with these settings."""
+    guarded, report = pack.nodes.asced.guard.guard_model(model, settings)
+    trajectory = Trajectory()
+    shape = (BATCH, model.model.latent_format.latent_channels, SIZE, SIZE)
+    with torch.inference_mode():
+        result = sample(guarded, steps=STEPS, seed=seed, latent=shape, callback=trajectory, **sampling)
+    return Run(result, trajectory.stack(), report.find({"samples": result}))
