@@ -12,12 +12,14 @@ BATCH = 128
 
 
 class Classifier(torch.nn.Module):
-    """Three convolutions and two linear layers on the mean of the colour channels; `features` is (B, 128)."""
+    """Three convolutions of stride 2 and two linear layers on the mean of the colours; `features` is (B, 128)."""
 
     def __init__(self, classes: int = 10):
         super().__init__()
         widths = (1, 32, 64, 128)
-        self.convolutions = torch.nn.ModuleList(torch.nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.convolutions = torch.nn.ModuleList(
+            torch.nn.Conv2d(a, b, 5, stride=2, padding=2) for a, b in zip(widths, widths[1:])
+        )
         self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(width) for width in widths[1:])
         self.hidden = torch.nn.Linear(128 * 16, 128)
         self.head = torch.nn.Linear(128, classes)
@@ -25,7 +27,7 @@ class Classifier(torch.nn.Module):
     def features(self, images: torch.Tensor) -> torch.Tensor:
         x = images.mean(dim=1, keepdim=True)
         for convolution, norm in zip(self.convolutions, self.norms):
-            x = F.max_pool2d(F.relu(norm(convolution(x))), 2)
+            x = F.relu(norm(convolution(x)))
         return F.relu(self.hidden(F.dropout(x.flatten(1), 0.25, self.training)))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,105 @@
+"""The real page in a real browser: the quickstart loads without a complaint, runs, and shows its pictures."""
+
+import itertools
+import json
+import os
+import shutil
+import time
+
+import pytest
+
+from tests.harness.quickstart import WORKFLOW
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+READY = "window.app?.graph && window.LiteGraph?.registered_node_types.SaveImage"
+PAGE_SECONDS, RUN_SECONDS = 180, 900
+
+NODES = """() => app.graph.nodes.map(node => ({
+    id: node.id, type: node.type, title: node.title, registered: node.type in LiteGraph.registered_node_types,
+    box: [...node.boundingRect], images: node.imgs?.length ?? 0,
+}))"""
+GROUPS = "() => app.graph.groups.map(group => ({title: group.title, box: [...group.boundingRect]}))"
+DROP_FILE = """text => app.handleFile(new File([text], "quickstart.json", {type: "application/json"}))"""
+FIT = "() => app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        reason = "no chromium, chromium-browser or google-chrome on this machine's PATH"
+        # In CI a browser that is missing must not look like a test that passed.
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, comfy_server):
+    # A first visit would open the template browser over the graph.
+    comfy_server.request("/settings", {"Comfy.TutorialCompleted": True})
+    page = browser.new_page(viewport={"width": 1920, "height": 1080})
+    page.set_default_timeout(PAGE_SECONDS * 1000)
+    page.goto(comfy_server.address, wait_until="domcontentloaded")
+    page.wait_for_function(READY)
+    yield page
+    page.close()
+
+
+def overlap(one: list[float], other: list[float]) -> bool:
+    """Whether two boxes (x, y, width, height) share an area."""
+    return all(one[i] < other[i] + other[i + 2] and other[i] < one[i] + one[i + 2] for i in (0, 1))
+
+
+def inside(box: list[float], around: list[float]) -> bool:
+    return all(around[i] <= box[i] and box[i] + box[i + 2] <= around[i] + around[i + 2] for i in (0, 1))
+
+
+def run_to_the_end(page, server) -> dict:
+    """Presses Run, in effect, and gives the history entry of what it started."""
+    before = set(server.get_json("/history"))
+    assert page.evaluate("() => app.queuePrompt(0)"), "the page did not queue the workflow"
+    deadline = time.monotonic() + RUN_SECONDS
+    while time.monotonic() < deadline:
+        for prompt_id, entry in server.get_json("/history").items():
+            if prompt_id not in before:
+                return entry
+        time.sleep(0.5)
+    raise TimeoutError(f"the workflow did not end within {RUN_SECONDS} s")
+
+
+def test_quickstart_in_the_page(page, comfy_server, tmp_path):
+    text = WORKFLOW.read_text(encoding="utf-8")
+    saved = json.loads(text)
+    page.evaluate(DROP_FILE, text)
+    page.wait_for_function(f"() => app.graph.nodes.length === {len(saved['nodes'])}")
+    page.evaluate(FIT)
+    page.wait_for_timeout(1000)
+    dialogs = page.locator("[role=dialog]:visible")
+    assert dialogs.count() == 0, dialogs.all_inner_texts()
+
+    nodes, groups = page.evaluate(NODES), page.evaluate(GROUPS)
+    assert [node["type"] for node in nodes if not node["registered"]] == []
+    for one, other in itertools.combinations(nodes, 2):
+        assert not overlap(one["box"], other["box"]), f"{one['title']} overlaps {other['title']}"
+    assert [group["title"] for group in groups] == ["Without the guard", "With the guard"]
+    for node, group in itertools.product(nodes, groups):
+        assert not overlap(node["box"], group["box"]) or inside(node["box"], group["box"]), node["title"]
+
+    entry = run_to_the_end(page, comfy_server)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    showing = {node["id"] for node in saved["nodes"] if node["type"] in ("SaveImage", "ASCEDReport")}
+    page.wait_for_function(
+        "ids => ids.every(id => app.graph.getNodeById(id).imgs?.length > 0)", arg=sorted(showing)
+    )
+    assert {node["id"] for node in page.evaluate(NODES) if node["images"]} == showing
+    page.evaluate(FIT)
+    page.wait_for_timeout(1000)
+    screenshot = tmp_path / "quickstart.png"
+    page.screenshot(path=screenshot)
+    print(f"screenshot: {screenshot}")

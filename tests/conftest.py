@@ -1,0 +1,51 @@
+"""Makes every test run beside a real ComfyUI: see tests/harness/pack.py. Started by `python dev.py test`."""
+
+import signal
+import tempfile
+
+import pytest
+import torch
+
+from tests.harness.pack import ROOT, load_pack, prepare_comfyui
+from tests.harness.server import ComfyServer
+
+# More threads than this only get in each other's way on the small tensors tests use, and beside a server's own.
+MAX_THREADS = 4
+
+# A plain kill ends the session as Ctrl-C does, so that servers are stopped on the way out.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+torch.set_num_threads(min(MAX_THREADS, torch.get_num_threads()))
+
+# What a test makes ComfyUI write lands here, not beside ComfyUI's source. Removed with the process.
+_base_directory = tempfile.TemporaryDirectory(prefix="artifact-guard-tests-", ignore_cleanup_errors=True)
+prepare_comfyui(base_directory=_base_directory.name)
+load_pack()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="also run the tests that need a CUDA device")
+
+
+def pytest_configure(config):
+    if config.rootpath != ROOT:
+        # With another root pytest would import tests/server as `server`, and hide ComfyUI's module of that name.
+        raise pytest.UsageError("start the tests with `python dev.py test`, pytest's own arguments after --")
+    if config.getoption("--gpu") and not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu: this torch finds no CUDA device")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--gpu"):
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: run with --gpu")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def comfy_server():
+    """One real ComfyUI with the pack, for all tests of the session that want one."""
+    with ComfyServer() as server:
+        yield server

@@ -1,0 +1,208 @@
+"""The guard beside what people do: image to image, inpainting, video, two stages, rounds, corrections, reports."""
+
+import json
+
+import comfy.nested_tensor
+import comfy.utils
+import nodes as core_nodes
+import pytest
+import torch
+from artifact_guard.nodes.asced.schema import ASCEDKSampler, ASCEDReport
+from comfy.patcher_extension import WrappersMP
+
+from tests.exact.model import conditioning, exact_model
+from tests.exact.traps import ScriptedTrap
+from tests.unit.guard_support import (
+    BATCH, CHANNELS, ELSEWHERE, HEIGHT, SQUARE, STEPS, TRAP_AT, WIDTH, Run, empty, found, guard, images, ksampler, same,
+    trap, trapped_model,
+)
+
+
+def test_image_to_image():
+    """denoise 0.35 starts below every preset noise level: the window follows, and repair works."""
+    model, latent = trapped_model(at=0.9), {"samples": images(BATCH)}
+    guarded, report = guard(model)
+    bare, output = (ksampler(m, latent=latent, denoise=0.35) for m in (model, guarded))
+    (record,) = report.runs
+    assert record.ratios[0] < 1.5 and found(record) == [False, True, False] and record.restarts == 1
+    assert not same(output[1], bare[1])
+
+
+def test_inpainting_judges_and_changes_the_masked_part_only():
+    """What the inpainting mask keeps is neither judged, nor counted for the threshold, nor changed."""
+    mask = torch.zeros(1, HEIGHT, WIDTH)
+    mask[:, 8:, 12:] = 1.0  # 30 %: were the still part counted, the median change would be 0. The trap is at its edge
+    model, latent = exact_model(images(), traps=[trap([1]), trap([0, 1, 2], ELSEWHERE)]), {"samples": images(BATCH)}
+    guarded, report = guard(model)
+    bare, output = (ksampler(m, latent=latent | {"noise_mask": mask}) for m in (model, guarded))
+    (record,) = report.runs
+    assert found(record) == [False, True, False] and record.restarts == 1 and record.regions[1].sum() < 80
+    kept = (mask == 0)[:, None].expand_as(output)
+    torch.testing.assert_close(output[kept], latent["samples"][kept])
+    assert not (record.regions & (mask == 0)).any()
+    assert torch.equal(output[kept], bare[kept]) and not (record.repaired & (mask == 0)).any()
+
+
+def test_video():
+    """Every frame of a 5-D latent is judged, and the frames found are repaired, those of the batch-mate untouched."""
+    video = torch.stack([images(), images().flip(-1), images().flip(-2)], dim=2)
+    pattern = torch.ones(1, CHANNELS, 1, HEIGHT, WIDTH).repeat(1, 1, 3, 1, 1)
+    pattern[:, :, 1] = 0.0  # the middle frame is left alone
+    planted = ScriptedTrap(trap([1], batch=2).mask, pattern, 10.0, (TRAP_AT,))
+    guarded, report = guard(exact_model(video, "flow", traps=[planted]))
+    run = Run(guarded, latent={"samples": torch.zeros(2, CHANNELS, 3, HEIGHT, WIDTH)}).start()
+    (record,) = report.runs
+    assert found(record) == [False, False, False, True, False, True]
+    mask = record.repaired.view(2, 1, 3, HEIGHT, WIDTH).expand(run.output.shape)
+    assert torch.equal(run.state_before(1) != run.legs[1].x, mask)
+    assert record.artifact_mask().shape == (6, HEIGHT, WIDTH)
+    frames = [(image["sample"], image["frame"]) for image in record.summary()["images"]]
+    assert frames == [(sample, frame) for sample in (0, 1) for frame in (0, 1, 2)]
+
+
+def test_nested_latents():
+    """Of an image packed with audio the image part is judged and repaired; the audio enters the restart as it was."""
+    def packed(image, audio):
+        return comfy.utils.pack_latents([image, audio])
+
+    audio = torch.randn(5, 2, 7, generator=torch.Generator().manual_seed(0))
+    data, shapes = packed(images(), audio)
+    mask = packed(trap([1]).mask[:, None].expand(-1, CHANNELS, -1, -1), torch.zeros(BATCH, 2, 7, dtype=torch.bool))[0]
+    model = exact_model(data, traps=[ScriptedTrap(mask, torch.ones(1, 1, data.shape[-1]), 10.0, (TRAP_AT,))])
+    guarded, report = guard(model)
+    nested = comfy.nested_tensor.NestedTensor([empty()["samples"], torch.zeros(BATCH, 2, 7)])
+    run = Run(guarded, latent={"samples": nested}).start()
+    (record,) = report.runs
+    assert found(record) == [False, True, False]
+    repaired = record.repaired[:, None].expand(-1, CHANNELS, -1, -1)
+    wanted = packed(repaired, torch.zeros(BATCH, 2, 7, dtype=torch.bool))[0]
+    assert torch.equal(run.state_before(1) != run.legs[1].x, wanted)
+    assert [part.shape[1:] for part in run.output.unbind()] == [shape[1:] for shape in shapes]
+    assert report.find({"samples": run.output}) is record
+
+
+def test_two_stages_are_two_runs():
+    """KSamplerAdvanced in two stages: the report keeps both runs and finds each by its output; idle, no bit changes."""
+    def stages(model):
+        common = (model,), (5, STEPS, 1.0, "euler", "simple", conditioning(), conditioning())
+        node = core_nodes.KSamplerAdvanced()
+        with torch.inference_mode():
+            (half,) = node.sample(*common[0], "enable", *common[1], empty(), 0, 6, "enable")
+            (whole,) = node.sample(*common[0], "disable", *common[1], half, 6, 10000, "disable")
+        return half, whole
+
+    model = trapped_model()
+    guarded, report = guard(model)
+    half, whole = stages(guarded)
+    first, second = report.runs
+    assert report.find(half) is first and report.find(whole) is second
+    assert first.restarts == 1 and found(first) == [False, True, False] and second.restarts == 0
+    assert len(first.ratios) == len(second.ratios) == 6 and second.reason is None
+    idle = stages(guard(model, sensitivity=0.01)[0])
+    assert all(same(*(part["samples"] for part in pair)) for pair in zip(idle, stages(model)))
+
+
+def test_a_wrapper_that_samples_twice():
+    """Another pack's wrapper runs the sampling twice: two runs, each guarded once and with a record of its own."""
+    def twice(executor, *args, **kwargs):
+        executor(*args, **kwargs)
+        return executor(*args, **kwargs)
+
+    model = trapped_model()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "another pack", twice)
+    guarded, report = guard(model)
+    run = Run(guarded).start()
+    assert [(record.restarts, record.model_calls) for record in report.runs] == 2 * [(1, STEPS + 1)]
+    assert len(run.inputs) == 2 * (STEPS + 1)
+
+
+@pytest.mark.parametrize("at", [3.5, 2.5])
+def test_second_round(at):
+    """rounds 2 looks at all steps from the first repair to the second, and repairs what goes wrong there."""
+    model = exact_model(images(), traps=[trap([1]), trap([2], ELSEWHERE, at=at)])
+    guarded, report = guard(model, options={"rounds": 2})
+    run = Run(guarded).start()
+    (record,) = report.runs
+    assert record.restarts == 2 and len(run.legs) == 3 and len(run.inputs) == STEPS + 2
+    changed = run.state_before(2) != run.legs[2].x
+    assert changed[2][(..., *ELSEWHERE)].all() and not changed[2][..., 12:].any() and not changed[0].any()
+    assert len({leg.seed for leg in run.legs}) == 3
+
+
+@pytest.mark.parametrize("detector", ["clean estimate", "weighted score"])
+def test_what_is_found_does_not_depend_on_the_correction(detector):
+    """Near the threshold too, every correction is given the same regions."""
+    masks = []
+    for correction in ("targeted", "state replacement", "score clipping"):
+        options = {"detector": detector, "correction": correction}
+        model = trapped_model(at=4.5, amplitude=3.0)
+        guarded, report = guard(model, mode="detect only", sensitivity=1.0, options=options)
+        ksampler(guarded)
+        masks.append(report.runs[0].regions)
+    assert masks[0].any() and all(torch.equal(masks[0], mask) for mask in masks)
+
+
+@pytest.mark.parametrize("detector", ["clean estimate", "weighted score"])
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+def test_corrections(detector, kind):
+    """Every correction finds the same regions and changes these alone; what they put there is what they say.
+
+    The trap adds 40 to D: `targeted` starts from that, `state replacement` and enough `reverse_step` from before it,
+    and clipping leaves less of it than there was."""
+    level, masks = {}, []
+    for name, options in {
+        "targeted": {}, "earlier": {"reverse_step": 3}, "replaced": {"correction": "state replacement"},
+        "clipped": {"correction": "score clipping"},
+    }.items():
+        manual = {"window": "manual", "detect_from": 0.0, "correct_at": 0.2}
+        model = trapped_model(kind, amplitude=40.0)
+        guarded, report = guard(model, **manual, options={"detector": detector, **options})
+        run = Run(guarded).start()
+        (record,) = report.runs
+        assert found(record) == [False, True, False] and record.restarts == 1 and record.reason is None
+        changed = run.state_before(1) != run.legs[1].x
+        assert changed.any() and not (changed & ~record.repaired[:, None]).any()
+        signal = 1.0 if kind == "eps" else 1.0 - run.legs[1].sigmas[0].item()
+        level[name] = run.legs[1].x[1][(..., *SQUARE)].mean().item() / signal
+        level["before"] = run.state_before(1)[1][(..., *SQUARE)].mean().item() / signal
+        masks.append(record.regions)
+    assert all(torch.equal(masks[0], mask) for mask in masks)
+    assert level["targeted"] > 30 and max(abs(level["earlier"]), abs(level["replaced"])) < 5
+    assert level["clipped"] < level["before"] - 10
+
+
+def test_the_report_finds_the_run_of_a_latent():
+    """Among several runs the right one, in half precision too; a changed latent gets the newest, with a note."""
+    model = trapped_model()
+    guarded, report = guard(model)
+    with pytest.raises(ValueError, match="not sampled yet"):
+        report.find({"samples": torch.full((BATCH, CHANNELS, HEIGHT, WIDTH), 0.123)})
+    outputs = [ksampler(guarded, seed=seed) for seed in (1, 2, 3)]
+    for output, record in zip(outputs, report.runs):
+        assert report.find({"samples": output}) is record and report.find({"samples": output.half()}) is record
+    newest = report.find({"samples": outputs[0] + 1.0})
+    assert "not the guarded sampler's own output" in newest.notes[-1] and newest.seconds == report.runs[-1].seconds
+    assert not report.runs[-1].notes
+    anew = guard(model)[1]  # as after the guard's output was thrown out of ComfyUI's cache
+    assert anew.find({"samples": outputs[1]}) is report.runs[1]
+    with pytest.raises(ValueError, match="not sampled yet"):
+        guard(model, sensitivity=0.21)[1].find({"samples": outputs[1]})
+
+
+def test_sampler_and_report_nodes():
+    """KSampler (ASCED) is guard and KSampler in one, and ASCED Report says what was found, done and spent."""
+    model, settings = trapped_model(), ("correct", 0.2, 1.0)
+    with torch.inference_mode():
+        latent, mask, report = ASCEDKSampler.execute(
+            model, 3, STEPS, 1.0, "euler", "simple", conditioning(), conditioning(), empty(), 1.0, *settings).result
+        seen, overlay, curves, fraction, summary = ASCEDReport.execute(report, latent).result
+    assert same(latent["samples"], ksampler(guard(model, options={"max_area": 0.15})[0]))
+    summary = json.loads(summary)
+    assert same(mask, seen) and mask.shape == (BATCH, HEIGHT, WIDTH)
+    assert mask[1][SQUARE].all() and not mask[[0, 2]].any()
+    assert overlay.shape[0] == BATCH and curves.shape[0] == 1 and fraction == pytest.approx(mask.mean().item())
+    assert (summary["status"], summary["restarts"], summary["model_calls"]) == ("guarded", 1, STEPS + 1)
+    assert [image["verdict"] for image in summary["images"]] == ["clean", "artifacts", "clean"]
+    (region,) = summary["images"][1]["regions"]
+    assert region["area"] * HEIGHT * WIDTH == pytest.approx(mask[1].sum().item())
+    assert summary["images"][1]["repaired_fraction"] > region["area"]

@@ -1,0 +1,98 @@
+"""The report's pictures: what is drawn where, at which size, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from artifact_guard.nodes.asced.options import GuardSettings
+from artifact_guard.nodes.asced.pictures import draw_curves, draw_overlay, phase_bands
+from artifact_guard.nodes.asced.report import RunRecord
+from artifact_guard.nodes.asced.window import Window
+from artifact_guard.nodes.demo.model import PixelLatent
+from artifact_guard.nodes.latents import FrameLayout
+from artifact_guard.nodes.plots import BACKGROUND, LINE_COLOURS, REGION_COLOUR, Panel, draw_chart, draw_regions
+
+
+def has_colour(picture: torch.Tensor, colour: tuple[int, int, int]) -> bool:
+    return bool((picture * 255 - torch.tensor(colour)).abs().amax(dim=-1).lt(1).any())
+
+
+def test_chart_draws_every_line_and_leaves_out_what_is_not_finite():
+    picture = draw_chart([Panel("t", {"a": [0.0, 1.0, math.nan, 2.0], "b": [2.0, 1.0, 1.0, 0.0]}, ["1", "2", "3", "4"])])
+    assert picture.shape == (1, 260, 768, 3) and picture.min() >= 0 and picture.max() <= 1
+    assert has_colour(picture, LINE_COLOURS[0]) and has_colour(picture, LINE_COLOURS[1])
+    empty = draw_chart([Panel("t", {"a": [math.nan, math.inf]}, ["1", "2"])])
+    plot = empty[:, 40:, 70:]  # without the title and the key
+    assert has_colour(empty, LINE_COLOURS[0]) and not has_colour(plot, LINE_COLOURS[0])
+
+
+@pytest.mark.parametrize("values", [[], [3.0], [5.0, 5.0], [-2.0, -1.0]])
+def test_chart_of_few_or_equal_values_can_be_drawn(values):
+    picture = draw_chart([Panel("t", {"a": values}, [str(v) for v in values])] * 2)
+    assert picture.shape == (1, 520, 768, 3) and has_colour(picture, BACKGROUND)
+
+
+def test_regions_are_tinted_outlined_and_the_rest_is_left():
+    image = torch.full((1, 32, 32, 3), 0.5)
+    mask = torch.zeros(2, 32, 32)
+    mask[0, 8:16, 8:16] = 1
+    drawn = draw_regions(image, mask)
+    assert drawn.shape == (2, 256, 256, 3)
+    assert torch.equal(drawn[1], torch.full((256, 256, 3), 0.5))
+    tint = 0.7 * 0.5 + 0.3 * torch.tensor(REGION_COLOUR)
+    assert torch.allclose(drawn[0, 96, 96], tint) and torch.allclose(drawn[0, 4, 4], torch.full((3,), 0.5))
+    assert torch.allclose(drawn[0, 63, 96], torch.tensor(REGION_COLOUR)), "the outline lies around the region"
+
+
+def test_large_and_rgba_images_keep_their_size_and_lose_alpha():
+    assert draw_regions(torch.rand(1, 300, 520, 4), torch.zeros(1, 30, 52)).shape == (1, 300, 520, 3)
+
+
+def record_of_a_run(batch: int = 2) -> RunRecord:
+    record = RunRecord(GuardSettings(), FrameLayout.of([(batch, 3, 32, 32)]), PixelLatent())
+    record.plan(Window(1, 3), [9.0, 6.0, 4.0, 3.0, 1.0, 0.5])
+    for ratio in record.ratios[1:]:
+        speed = torch.ones(batch, 32, 32)
+        speed[0, 4:8, 4:8] = 3.0
+        record.add_speed(ratio, speed)
+    regions = torch.zeros(batch, 32, 32, dtype=torch.bool)
+    regions[0, 4:8, 4:8] = True
+    record.add_regions(regions)
+    record.close(torch.zeros(batch, 3, 32, 32))
+    return record
+
+
+def test_speeds_are_means_inside_and_outside_of_the_regions():
+    inside, outside = record_of_a_run().speeds()
+    assert torch.allclose(inside, torch.full((5,), 3.0)) and torch.allclose(outside, torch.ones(5))
+    nothing = record_of_a_run()
+    nothing.regions = torch.zeros_like(nothing.regions)
+    inside, outside = nothing.speeds()
+    assert inside.isnan().all() and outside.isfinite().all()
+
+
+def test_phases_follow_the_window():
+    # Curves begin at the second step, b/a 6: the window's first step is position 0, its last position 2.
+    assert phase_bands(record_of_a_run()) == [
+        ("Profiling", 0.0, 0.0), ("Mutation", 0.0, 2.0), ("Refinement", 2.0, 4.0)
+    ]
+
+
+def test_curves_and_overlay_of_a_run():
+    record = record_of_a_run()
+    assert draw_curves(record).shape == (1, 520, 768, 3)
+    latent = {"samples": torch.zeros(2, 3, 32, 32)}
+    preview = draw_overlay(record, latent, None)
+    assert preview.shape == (2, 256, 256, 3)
+    assert not torch.equal(preview[0], preview[1])
+    assert draw_overlay(record, latent, torch.zeros(1, 64, 64, 3)).shape == (2, 256, 256, 3)
+    with pytest.raises(ValueError, match="3 pictures came for a run of 2"):
+        draw_overlay(record, latent, torch.zeros(3, 64, 64, 3))
+
+
+def test_curves_of_an_unguarded_run_say_so():
+    record = RunRecord(GuardSettings(), None, PixelLatent())
+    record.refuse("no image part")
+    record.close(torch.zeros(1, 3, 64))
+    assert draw_curves(record).shape == (1, 260, 768, 3)
+    assert record.summary()["reason"] == "no image part"

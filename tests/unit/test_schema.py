@@ -1,0 +1,193 @@
+"""The contract with saved workflows, ComfyUI and the registry: what nodes look like, and how the pack is packed."""
+
+import ast
+import asyncio
+import inspect
+import re
+import sys
+from fnmatch import fnmatch
+
+import artifact_guard
+import comfy.samplers
+import nodes as core_nodes
+import pytest
+from artifact_guard.nodes import NODES
+
+from tests.harness.pack import ROOT
+
+SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
+MODES = ["correct", "detect only"]
+CLOTHES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
+OPTIONAL = "optional"
+
+# Node id: display name, folder, inputs (id, type, default or choices), outputs (id, type). Copied from the design; a
+# change here breaks workflows that people saved.
+CONTRACT = {
+    "ASCEDGuard": (
+        "ASCED Artifact Guard", "ASCED",
+        [("model", "MODEL"), ("mode", "COMBO", MODES, "correct"), ("sensitivity", "FLOAT", 1.0),
+         ("strength", "FLOAT", 1.0), ("window", "COMBO", ["auto", "manual"], "auto"), ("detect_from", "FLOAT", 0.1),
+         ("correct_at", "FLOAT", 0.4), ("options", "ASCED_OPTIONS", OPTIONAL), ("region", "MASK", OPTIONAL)],
+        [("model", "MODEL"), ("report", "ARTIFACT_REPORT")],
+    ),
+    "ASCEDOptions": (
+        "ASCED Options", "ASCED",
+        [("detector", "COMBO", ["clean estimate", "weighted score"], "clean estimate"),
+         ("correction", "COMBO", ["targeted", "state replacement", "score clipping"], "targeted"),
+         ("reverse_step", "INT", 1), ("blur", "FLOAT", 2 / 256), ("min_area", "FLOAT", 0.0015),
+         ("max_area", "FLOAT", 0.15), ("min_width", "FLOAT", 5 / 256), ("dilate", "FLOAT", 5 / 256),
+         ("rounds", "INT", 1), ("noise_seed", "INT", 0)],
+        [("options", "ASCED_OPTIONS")],
+    ),
+    "ASCEDKSampler": (
+        "KSampler (ASCED)", "ASCED",
+        [("model", "MODEL"), ("seed", "INT", 0), ("steps", "INT", 20), ("cfg", "FLOAT", 8.0),
+         ("sampler_name", "COMBO", SAMPLERS, None), ("scheduler", "COMBO", SCHEDULERS, None),
+         ("positive", "CONDITIONING"), ("negative", "CONDITIONING"), ("latent_image", "LATENT"),
+         ("denoise", "FLOAT", 1.0), ("mode", "COMBO", MODES, "correct"), ("sensitivity", "FLOAT", 1.0),
+         ("strength", "FLOAT", 1.0), ("options", "ASCED_OPTIONS", OPTIONAL)],
+        [("latent", "LATENT"), ("artifact_mask", "MASK"), ("report", "ARTIFACT_REPORT")],
+    ),
+    "ASCEDReport": (
+        "ASCED Report", "ASCED",
+        [("report", "ARTIFACT_REPORT"), ("latent", "LATENT"), ("image", "IMAGE", OPTIONAL)],
+        [("artifact_mask", "MASK"), ("overlay", "IMAGE"), ("curves", "IMAGE"), ("artifact_fraction", "FLOAT"),
+         ("summary", "STRING")],
+    ),
+    "ArtifactGuardDemoModel": ("Load Demo Model", "Demo", [], [("model", "MODEL"), ("vae", "VAE")]),
+    "ArtifactGuardDemoCondition": (
+        "Demo Class", "Demo", [("label", "COMBO", CLOTHES, "t-shirt")],
+        [("positive", "CONDITIONING"), ("negative", "CONDITIONING")],
+    ),
+}
+
+BY_ID = {node.GET_SCHEMA().node_id: node for node in NODES}
+each_node = pytest.mark.parametrize("node", BY_ID.values(), ids=BY_ID)
+
+
+def described(value):
+    """An input or output of a schema in the form of CONTRACT."""
+    entry = (value.id, value.get_io_type())
+    if getattr(value, "optional", False):
+        return (*entry, OPTIONAL)
+    if entry[1] == "COMBO":
+        return (*entry, list(value.options), value.default)
+    return entry if getattr(value, "default", None) is None else (*entry, value.default)
+
+
+def test_the_pack_has_these_nodes_and_no_others():
+    """ComfyUI gets every node of the contract from comfy_entrypoint, which a NODE_CLASS_MAPPINGS would switch off."""
+    listed = asyncio.run(asyncio.run(artifact_guard.comfy_entrypoint()).get_node_list())
+    assert listed == NODES and len(BY_ID) == len(NODES)
+    assert set(BY_ID) == set(CONTRACT)
+    assert not hasattr(artifact_guard, "NODE_CLASS_MAPPINGS")
+    assert not set(BY_ID) & set(core_nodes.NODE_CLASS_MAPPINGS), "core's ids win a collision"
+
+
+@each_node
+def test_sockets_and_widgets_are_the_contract(node):
+    """Ids, types, order, defaults and choices of everything a saved workflow refers to."""
+    schema = node.GET_SCHEMA()
+    name, folder, inputs, outputs = CONTRACT[schema.node_id]
+    assert (schema.display_name, schema.category) == (name, f"Artifact Guard/{folder}")
+    assert [described(i) for i in schema.inputs] == inputs
+    assert [(o.id, o.get_io_type()) for o in schema.outputs] == outputs
+
+
+@each_node
+def test_execute_takes_the_inputs(node):
+    """execute's parameters are the schema's inputs, optional ones with default None and last."""
+    parameters = list(inspect.signature(node.execute).parameters.values())
+    inputs = node.GET_SCHEMA().inputs
+    assert [p.name for p in parameters] == [i.id for i in inputs]
+    assert [p.default for p in parameters] == [None if i.optional else p.empty for i, p in zip(inputs, parameters)]
+    assert sorted(inputs, key=lambda i: i.optional) == inputs
+
+
+@each_node
+def test_everything_is_explained(node):
+    """A one-line description, search aliases, and a tooltip and a name on every input and output."""
+    schema = node.GET_SCHEMA()
+    assert re.fullmatch(r"[A-Z][^\n]{20,140}\.", schema.description)
+    assert schema.search_aliases and len(set(schema.search_aliases)) == len(schema.search_aliases)
+    unexplained = [v.id for v in [*schema.inputs, *schema.outputs] if not (v.tooltip or "").strip().endswith(".")]
+    assert not unexplained
+    assert [o.display_name for o in schema.outputs] == [o.id for o in schema.outputs]
+
+
+@each_node
+def test_defaults_lie_in_their_ranges(node):
+    """A number's default is one its own widget accepts; seeds reach as far as core's."""
+    for widget in node.GET_SCHEMA().inputs:
+        if widget.get_io_type() in ("INT", "FLOAT"):
+            assert widget.min <= widget.default <= widget.max, widget.id
+        if "seed" in widget.id:
+            assert (widget.min, widget.max) == (0, LARGEST_SEED)
+
+
+def test_flags():
+    """Two guards never share a cached report, and the report node runs without anything behind it."""
+    assert BY_ID["ASCEDGuard"].GET_SCHEMA().not_idempotent
+    outputs = {name for name, node in BY_ID.items() if node.GET_SCHEMA().is_output_node}
+    assert outputs == {"ASCEDReport"}
+
+
+def test_the_sampler_node_begins_like_cores():
+    """Everything core's KSampler asks for, in its order, with its defaults and limits."""
+    wanted = core_nodes.KSampler.INPUT_TYPES()["required"]
+    ours = {i.id: i for i in BY_ID["ASCEDKSampler"].GET_SCHEMA().inputs}
+    assert list(ours)[: len(wanted)] == list(wanted)
+    for name, (kind, settings) in wanted.items():
+        assert ours[name].get_io_type() == ("COMBO" if isinstance(kind, list) else kind)
+        for limit in {"default", "min", "max", "step", "round"} & set(settings):
+            assert getattr(ours[name], limit) == settings[limit], (name, limit)
+
+
+# How it is packed
+
+SOURCES = sorted(path for folder in ("nodes", "kernels") for path in (ROOT / folder).rglob("*.py"))
+SHARED = {"torch", "numpy", "PIL", "kornia"}
+COMFYUI = {"comfy", "comfy_api", "comfy_extras", "latent_preview", "nodes", "folder_paths"}
+
+
+def imports(path):
+    """(module, level) of every import statement of a file, those inside functions too."""
+    for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(statement, ast.Import):
+            yield from ((alias.name, 0) for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom):
+            yield statement.module or "", statement.level
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[path.relative_to(ROOT).as_posix() for path in SOURCES])
+def test_imports(path):
+    """Our modules by relative imports within the pack, others from a short list; kernels know nothing of ComfyUI."""
+    folders = path.relative_to(ROOT).parts[:-1]
+    kernel = folders[0] == "kernels"
+    allowed = SHARED | sys.stdlib_module_names | (set() if kernel else COMFYUI)
+    for module, level in imports(path):
+        if level == 0:
+            assert module.split(".")[0] in allowed, module
+            assert not module.startswith("nodes."), f"{module}: `nodes` is ComfyUI's module here"
+        else:
+            assert level <= (len(folders) if kernel else len(folders) + 1), f"{module}: leaves its part of the pack"
+
+
+def test_requirements_equal_the_projects_dependencies():
+    """Manager installs requirements.txt, the registry shows pyproject's list: they have to be the same."""
+    listed = re.search(r"^dependencies = (\[.*?\])", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert sorted(ast.literal_eval(listed[1])) == sorted(line for line in lines if line and not line.startswith("#"))
+
+
+def test_what_the_registry_gets():
+    """.comfyignore keeps tests and developers' tools out, and nothing that users need."""
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+
+    def ignored(name):
+        return any(fnmatch(name, line.strip("/")) for line in lines)
+
+    needed = "__init__.py nodes kernels web workflows pyproject.toml requirements.txt README.md LICENSE".split()
+    assert ignored("tests") and ignored("dev.py")
+    assert not [name for name in needed if ignored(name)]
