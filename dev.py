@@ -63,7 +63,7 @@ def test(environment: Environment, options: argparse.Namespace) -> int:
 
 
 def bench(environment: Environment, options: argparse.Namespace) -> int:
-    return run(environment, [ROOT / "tests" / "bench" / "run.py", *options.names])
+    return run(environment, [ROOT / "tests" / "bench" / "run.py", *options.names, *options.rest])
 
 
 def train_demo(environment: Environment, options: argparse.Namespace) -> int:
@@ -105,7 +105,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     shown.add_argument("--update-docs", action="store_true", help="also renew the pictures the documentation shows")
     tested = command(test, "run the tests; arguments after -- go to pytest")
     tested.add_argument("--gpu", action="store_true", help="also run the tests that need a GPU")
-    measured = command(bench, "run benchmarks")
+    measured = command(bench, "run benchmarks; other arguments (--data, --output) are passed on")
     measured.add_argument("names", nargs="*", metavar="NAME", help="which ones (default: all)")
     served = command(serve, "start ComfyUI with this pack until Ctrl-C")
     served.add_argument("--port", type=int, default=8188, help="(default: 8188)")
@@ -117,7 +117,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         cut = arguments.index("--")
         own, rest = arguments[:cut], arguments[cut + 1 :]
     options, unknown = parser.parse_known_args(own)
-    if unknown and options.command is not train_demo or rest and options.command not in (test, train_demo):
+    if unknown and options.command not in (bench, train_demo) or rest and options.command not in (test, bench, train_demo):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     if options.python and not options.comfyui:
         parser.error("--python goes with --comfyui")

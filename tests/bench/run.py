@@ -4,12 +4,18 @@ import argparse
 import importlib
 import json
 import platform
+import sys
+import types
 from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
+tests = sys.modules["tests"] = types.ModuleType("tests")
+tests.__path__ = [str(Path(__file__).resolve().parents[1])]
 
-from ..harness.pack import load_pack, prepare_comfyui
+from tests.harness.pack import load_pack, prepare_comfyui
+
+prepare_comfyui()
+import torch
 
 BENCHMARKS = {
     "demo": ("demo_quality", "the demo model: does it draw what is asked, and how fast"),
@@ -37,13 +43,12 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
 
-    prepare_comfyui()
     pack = load_pack()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or BENCHMARKS:
         module, what = BENCHMARKS[name]
         print(f"\n{name}: {what}", flush=True)
-        benchmark = importlib.import_module(f".{module}", __package__)
+        benchmark = importlib.import_module(f"tests.bench.{module}")
         figures = benchmark.run(pack, arguments.output, arguments.data)
         record = {"benchmark": name, "when": datetime.now(timezone.utc).isoformat()} | hardware() | figures
         path = arguments.output / f"{name}.json"

@@ -70,22 +70,19 @@ class ExactModel(comfy.model_base.BaseModel):
         self.calls += 1
         self.call_sigmas.append(float(t.flatten()[0]))
         a, b = self.coefficients(t.expand(len(x)))
-        label = None if c_crossattn is None else c_crossattn[:, 0, 0].round().long() - 1
-        denoiser = self.denoiser.to(x.device)
-        denoised = mixture_with_traps(denoiser, self.attractors, x, a, b, label)
-        if self.scripted:
-            denoised = self._play_scripts(denoised, b / a, transformer_options)
-        return denoised.float()
+        token = torch.zeros(len(x), 1, 1, device=x.device) if c_crossattn is None else c_crossattn
+        label = token[:, 0, 0].round().long() - 1
+        self.denoiser.to(x.device)
+        conds = transformer_options.get("uuids") or [None]  # cond and uncond come as one batch, traps are per sample
+        parts = zip(conds, *(tensor.chunk(len(conds)) for tensor in (x, a, b, label)))
+        return torch.cat([self._denoise(*part) for part in parts]).float()
 
-    def _play_scripts(self, denoised, ratio, transformer_options):
-        """Scripted traps on each cond's part of the batch, each part with a state of its own."""
-        conds = transformer_options.get("uuids") or [None]
-        parts = []
-        for cond, part, r in zip(conds, denoised.chunk(len(conds)), ratio.chunk(len(conds))):
-            for number, trap in enumerate(self.scripted):
-                part = trap.play(part, r, self.states.setdefault((cond, number), []))
-            parts.append(part)
-        return torch.cat(parts)
+    def _denoise(self, cond, x, a, b, label):
+        """The trapped estimate of one cond's samples; scripted traps have a state for each cond."""
+        denoised = mixture_with_traps(self.denoiser, self.attractors, x, a, b, label)
+        for number, trap in enumerate(self.scripted):
+            denoised = trap.play(denoised, b / a, self.states.setdefault((cond, number), []))
+        return denoised
 
 
 def exact_model(images, parameterization="eps", kernel_width=0.05, traps=(), labels=None, sampling_settings=None):

@@ -76,9 +76,9 @@ class AttractorTrap:
     any mixture, with q the posterior probability of the trap at this noise level,
         q = pi p(x_O) N(x_R; a g, v_g) / (that + (1 - pi) p(x)),  v_g = a^2 width^2 + b^2
         D' = (1 - q) D + q (outside: D from O alone; inside: (a width^2 x + b^2 g) / v_g).
-    D' is the exact posterior mean of p', hence every fair run falls with probability pi (given O, the region's own
-    likelihood ratio decides, and its mean over fair draws is 1); once q is near 1 the run stays. A region renoised
-    without a trace of g escapes with probability 1 - pi; what x keeps of g raises that to the q of the renoised x.
+    D' is the exact posterior mean of p', so that a fair run falls with probability pi, and stays once q is near 1. A
+    region renoised to x escapes with probability 1 - q(x): 1 - pi where the noise hides what it was, more where the
+    renoised estimate was clean, less where it still held g.
     Several traps on one sample: at most one of them holds, the weights are 1 - sum pi_k and pi_k.
 
     pattern is the garbage itself, in the image's range.

@@ -73,7 +73,8 @@ class ComfyServer(ComfyClient):
         self.cpu = not self.environment.has_cuda if cpu is None else cpu
         self.arguments = arguments
         self._temporary = base_directory is None
-        self.base_directory = Path(tempfile.mkdtemp(prefix=f"{PACK_NAME}-") if self._temporary else base_directory)
+        # Absolute, because the server is started in another folder than ours.
+        self.base_directory = Path(base_directory or tempfile.mkdtemp(prefix=f"{PACK_NAME}-")).absolute()
         self.log_path = self.base_directory / "server.log"
         self._last_log = ""
         self._process = None

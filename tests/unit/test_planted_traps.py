@@ -178,3 +178,6 @@ def test_each_sample_has_its_own_trap(images, kind):
     alone = [exact_model(images, traps=[trap]).model.apply_model(x[j:j + 1], t[:1]) for j, trap in enumerate(traps)]
     torch.testing.assert_close(together, torch.cat(alone))
     assert (together - exact_model(images).model.apply_model(x, t)).abs().max() > 0.01
+    model = exact_model(images, traps=one_per_sample(traps))
+    guided = [sample(model, steps=6, cfg=cfg, latent=x.shape) for cfg in (1.0, 2.0)]
+    torch.testing.assert_close(*guided, atol=1e-4, rtol=0)  # equal conds: two estimates in one batch, one result
