@@ -14,7 +14,7 @@ pytestmark = pytest.mark.browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-READY = "window.app?.graph && window.LiteGraph?.registered_node_types.SaveImage"
+READY = "() => Boolean(window.app?.graph && window.LiteGraph?.registered_node_types.SaveImage)"
 PAGE_SECONDS, RUN_SECONDS = 180, 900
 
 NODES = """() => app.graph.nodes.map(node => ({
