@@ -18,8 +18,9 @@ READY = "() => Boolean(window.app?.graph && window.LiteGraph?.registered_node_ty
 PAGE_SECONDS, RUN_SECONDS = 180, 900
 
 NODES = """() => app.graph.nodes.map(node => ({
-    id: node.id, type: node.type, title: node.title, registered: node.type in LiteGraph.registered_node_types,
+    id: Number(node.id), type: node.type, title: node.title, registered: node.type in LiteGraph.registered_node_types,
     box: [...node.boundingRect], images: node.imgs?.length ?? 0,
+    text: node.widgets?.map(widget => String(widget.value)).join("\\n") ?? "",
 }))"""
 GROUPS = "() => app.graph.groups.map(group => ({title: group.title, box: [...group.boundingRect]}))"
 DROP_FILE = """text => app.handleFile(new File([text], "quickstart.json", {type: "application/json"}))"""
@@ -43,7 +44,7 @@ def browser():
 def page(browser, comfy_server):
     # A first visit would open the template browser over the graph.
     comfy_server.request("/settings", {"Comfy.TutorialCompleted": True})
-    page = browser.new_page(viewport={"width": 1920, "height": 1080})
+    page = browser.new_page(viewport={"width": 2560, "height": 1440})
     page.set_default_timeout(PAGE_SECONDS * 1000)
     page.goto(comfy_server.address, wait_until="domcontentloaded")
     page.wait_for_function(READY)
@@ -97,7 +98,9 @@ def test_quickstart_in_the_page(page, comfy_server, tmp_path):
     page.wait_for_function(
         "ids => ids.every(id => app.graph.getNodeById(id).imgs?.length > 0)", arg=sorted(showing)
     )
-    assert {node["id"] for node in page.evaluate(NODES) if node["images"]} == showing
+    nodes = page.evaluate(NODES)
+    assert {node["id"] for node in nodes if node["images"]} == showing
+    assert [node["type"] for node in nodes if '"verdict"' in node["text"]] == ["PreviewAny"]
     page.evaluate(FIT)
     page.wait_for_timeout(1000)
     screenshot = tmp_path / "quickstart.png"
