@@ -64,7 +64,7 @@ def inside(box: list[float], around: list[float]) -> bool:
 def run_to_the_end(page, server) -> dict:
     """Presses Run, in effect, and gives the history entry of what it started."""
     before = set(server.get_json("/history"))
-    assert page.evaluate("() => app.queuePrompt(0)"), "the page did not queue the workflow"
+    assert page.evaluate("() => app.queuePrompt(0)"), page.evaluate("() => JSON.stringify(app.lastNodeErrors)")
     deadline = time.monotonic() + RUN_SECONDS
     while time.monotonic() < deadline:
         for prompt_id, entry in server.get_json("/history").items():

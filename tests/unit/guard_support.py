@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import comfy.samplers
 import nodes as core_nodes
 import torch
+import tqdm
 from artifact_guard.nodes.asced.schema import ASCEDGuard, ASCEDOptions
 from comfy_extras import nodes_custom_sampler as custom
 
@@ -88,12 +89,13 @@ def same(one, other):
 
 @dataclass
 class Leg:
-    """One call of a sampler's function: what it was given, the model's inputs in it, and what it reported."""
+    """One call of a sampler's function: what it was given, how many progress bars were open, what it reported."""
 
     x: torch.Tensor
     sigmas: torch.Tensor
     seed: int
     first_input: int
+    open_bars: int
     reported: list = field(default_factory=list)
 
 
@@ -132,7 +134,7 @@ class Run:
 
     def _watch_sampler(self, function):
         def sampler_function(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-            leg = Leg(x.clone(), sigmas.clone(), extra_args.get("seed"), len(self.inputs))
+            leg = Leg(x.clone(), sigmas.clone(), extra_args.get("seed"), len(self.inputs), open_bars())
             self.legs.append(leg)
 
             def reporting(info):
@@ -146,6 +148,11 @@ class Run:
     def state_before(self, number, adaptive=False):
         """The state that leg `number` took up: the last one the model saw before, or the adaptive solver accepted."""
         return self.legs[number - 1].reported[-1][1] if adaptive else self.inputs[self.legs[number].first_input - 1]
+
+
+def open_bars():
+    """How many of tqdm's progress bars are open."""
+    return len(tqdm.tqdm._instances)
 
 
 def content(value):
