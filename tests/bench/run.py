@@ -9,12 +9,12 @@ import types
 from datetime import datetime, timezone
 from pathlib import Path
 
-tests = sys.modules["tests"] = types.ModuleType("tests")
-tests.__path__ = [str(Path(__file__).resolve().parents[1])]
+if __name__ == "__main__":  # started by path: see tests/harness/pack.py
+    tests = sys.modules["tests"] = types.ModuleType("tests")
+    tests.__path__ = [str(Path(__file__).resolve().parents[1])]
 
 from tests.harness.pack import load_pack, prepare_comfyui
 
-prepare_comfyui()
 import torch
 
 BENCHMARKS = {
@@ -43,6 +43,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
 
+    prepare_comfyui()
     pack = load_pack()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or BENCHMARKS:

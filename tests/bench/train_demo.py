@@ -1,4 +1,4 @@
-"""Train the demo model's UNet on Fashion-MNIST: seeded, resumable, with a progress bar and a sheet of samples.
+"""Train the demo model's UNet on Fashion-MNIST: seeded, resumable, with a progress bar.
 
 Every step draws its batch, noise and times from a generator seeded by (seed, step), so that a run that was stopped and
 resumed is the same run. The loss is the plain v-prediction loss of Salimans and Ho (2022) at uniformly drawn times of
@@ -17,13 +17,12 @@ import sys
 import types
 from pathlib import Path
 
-tests = sys.modules["tests"] = types.ModuleType("tests")
-tests.__path__ = [str(Path(__file__).resolve().parents[1])]
+if __name__ == "__main__":  # started by path: see tests/harness/pack.py
+    tests = sys.modules["tests"] = types.ModuleType("tests")
+    tests.__path__ = [str(Path(__file__).resolve().parents[1])]
 
 from tests.harness.cache import cache_folder
 from tests.harness.pack import load_pack, prepare_comfyui
-
-prepare_comfyui()
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +171,7 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="replace the weights that the pack ships with the result")
     arguments = parser.parse_args()
 
+    prepare_comfyui()
     from comfy.cli_args import args
 
     args.use_pytorch_cross_attention = True
