@@ -27,8 +27,8 @@ def label_regions(mask: torch.Tensor) -> torch.Tensor:
         for neighbour in neighbours:
             spread = torch.maximum(spread, neighbour)
         spread = torch.where(mask, spread, 0)
-        owners = F.pad(spread.view(batch, -1), (1, 0))
-        spread = owners.gather(1, spread.view(batch, -1)).view_as(labels)
+        owners = F.pad(spread.flatten(1), (1, 0))
+        spread = owners.gather(1, spread.flatten(1)).view_as(labels)
         if torch.equal(spread, labels):
             return labels
         labels = spread

@@ -123,22 +123,22 @@ def pixels(fraction: float, side: int, minimum: int = 0) -> int:
     return max(minimum, math.floor(fraction * side + 0.5))
 
 
-def check_latent(samples: torch.Tensor, latent_format) -> None:
+def check_latent(samples: torch.Tensor, latent_format, nested: bool) -> None:
     """Refuse a latent that the model cannot sample, in words, before sampling starts.
+
+    Args:
+        samples: a sampler's tensor, (B, C, ...), or the flat pack of a nested latent, of which the channels are unknown.
 
     Raises:
         ValueError: NaN or infinity in the latent, or other channels than the model's latent format has.
     """
-    parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
-    for part in parts:
-        if not torch.isfinite(part).all():
-            raise ValueError(
-                "The latent holds NaN or infinite values, so no model can sample it. It was damaged before it came "
-                "here: a VAE in fp16 or an earlier sampler is the usual cause."
-            )
-    wanted = getattr(latent_format, "latent_channels", None)
-    came = parts[0].shape[1]
-    if wanted is not None and parts[0].ndim >= 4 and came != wanted:
+    if not torch.isfinite(samples).all():
+        raise ValueError(
+            "The latent holds NaN or infinite values, so no model can sample it. It was damaged before it came here: "
+            "a VAE in fp16 or an earlier sampler is the usual cause."
+        )
+    wanted, came = getattr(latent_format, "latent_channels", None), samples.shape[1]
+    if wanted is not None and not nested and samples.ndim >= 4 and came != wanted:
         raise ValueError(
             f"The latent has {came} channels and this model works on {wanted}. Use the Empty Latent node that belongs "
             f"to the model, or encode the image with the model's own VAE."

@@ -40,16 +40,22 @@ class CleanEstimateDetector:
         return change_speed(current.denoised, previous.denoised, self.blur)
 
     def threshold(self, change: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-        """Threshold of each frame, (F,), from its own change (F, C, H, W)."""
+        """Threshold of each frame, (F,), from its own change (F, C, H, W). To be asked once for each step."""
         return robust_threshold(change, self.k, None if valid is None else valid[:, None])
 
-    def abnormal(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Abnormal pixels of each frame, (F, H, W) bool; False wherever a value is NaN. None: the step tells nothing."""
+    def judge(
+        self, previous: Estimate, current: Estimate, valid: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Abnormal pixels of each frame, (F, H, W) bool, and the threshold they exceed, (F,).
+
+        A pixel whose value is NaN is not abnormal. None: the step tells nothing.
+        """
         change = self.change(previous, current)
         if change is None:
             return None
-        abnormal = change.amax(dim=1) > self.threshold(change, valid)[:, None, None]
-        return abnormal if valid is None else abnormal & valid
+        threshold = self.threshold(change, valid)
+        abnormal = change.amax(dim=1) > threshold[:, None, None]
+        return (abnormal if valid is None else abnormal & valid), threshold
 
 
 class WeightedScoreDetector(CleanEstimateDetector):

@@ -26,7 +26,8 @@ from .window import plan_window
 WRAPPER_KEY = "artifact_guard.asced"
 
 SEED_STEP = 1_000_003
-"""Added to the seed for each restart: a stochastic sampler must not draw the noise of its first leg once more."""
+"""Times the step's number, added to the seed at a restart: a stochastic sampler must not draw its first leg's noise
+once more, nor that of another guard's restart."""
 
 
 class ModelProbe:
@@ -75,8 +76,8 @@ class GuardedRun:
         extra_args = extra_args or {}
         original = {**extra_args, "model_options": _cloned_options(extra_args)}
         shape, first_step, remaining = x.shape, 0, sigmas
-        self.watch.forget()
         while True:
+            self.watch.forget()
             probe = ModelProbe(model)
             watching = self._watching_callback(probe, shape, callback, first_step)
             try:
@@ -92,20 +93,21 @@ class GuardedRun:
                 x, sigma = restart.x, restart.sigma
             finally:
                 self.record.model_calls += probe.calls
-            remaining, first_step = self._rest_of_schedule(sigma, sigmas)
+            remaining = self._rest_of_schedule(sigma, sigmas)
+            first_step = len(sigmas) - len(remaining)
             extra_args = {**original, "model_options": _cloned_options(original)}
             if original.get("seed") is not None:
-                extra_args["seed"] = original["seed"] + SEED_STEP * self.record.restarts
+                step = len(self.schedule) - len(remaining)
+                extra_args["seed"] = (original["seed"] + SEED_STEP * (step + 1)) % 2**64
 
-    def _rest_of_schedule(self, sigma: torch.Tensor, sigmas: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The sigmas still to come, from the present one on, and the number of the step that begins there.
+    def _rest_of_schedule(self, sigma: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+        """The sigmas still to come, from the present one on.
 
         Read from a copy of the schedule: uni_pc writes into the sigmas it is given. A sigma that differs from one of
         the schedule by rounding alone (adaptive solvers compute theirs) counts as that one.
         """
         below = self.schedule[self.schedule < sigma.cpu() * (1 - 1e-4)]
-        rest = torch.cat([sigma.cpu().reshape(1), below]).to(sigmas)
-        return rest, len(self.schedule) - len(rest)
+        return torch.cat([sigma.cpu().reshape(1), below]).to(sigmas)
 
     def _watching_callback(self, probe: ModelProbe, shape: torch.Size, callback, first_step: int):
         """The callback given to the sampler: tells the user's own, with steps counted on, and then looks."""
@@ -190,17 +192,22 @@ class GuardPatch:
         model = guider.model_patcher.model
         shapes = kwargs.get("latent_shapes") or [latent_image.shape]
         layout = FrameLayout.of(shapes)
-        if layout is None or len(layout.shapes) == 1:
-            check_latent(latent_image, model.latent_format)
+        check_latent(latent_image, model.latent_format, nested=len(shapes) > 1)
         region = None
         if layout is not None and self.region is not None:
             region = mask_to_frames(self.region, layout, "region").to(guider.model_patcher.load_device)
 
         record = RunRecord(self.settings, layout, model.latent_format)
         wrapper = functools.partial(self.sampler_sample, record=record, region=region)
-        add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, wrapper, guider.model_options, is_model_options=True)
+        transformer_options = guider.model_options.setdefault("transformer_options", {})
+        add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, wrapper, transformer_options)
         start = time.perf_counter()
-        output = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        try:
+            output = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            # Another pack's wrapper around this one may run the sampling again with the same options.
+            wrappers = transformer_options["wrappers"][WrappersMP.SAMPLER_SAMPLE][WRAPPER_KEY]
+            wrappers.remove(wrapper)
         record.seconds = time.perf_counter() - start
         self.report.add(record, output)
         return output

@@ -31,7 +31,7 @@ class Watch:
         self.settings = settings
         self.record = record
         self.layout: FrameLayout = record.layout
-        self.region = region
+        self.allowed = region if valid is None else valid if region is None else region & valid
         self.valid = valid
         self.seed = seed
         self.done = False
@@ -86,11 +86,12 @@ class Watch:
             self.before_window = self.clipped = now.denoised.float()
             self.abnormal = torch.zeros_like(now.denoised[:, 0], dtype=torch.bool)
         elif previous is not None:
-            abnormal = self.detector.abnormal(previous, now, self.valid)
-            if abnormal is not None:
+            judged = self.detector.judge(previous, now, self.valid)
+            limit = torch.full_like(now.denoised[:, 0, 0, 0], torch.inf, dtype=torch.float32)
+            if judged is not None:
+                abnormal, limit = judged
                 self.abnormal = self.abnormal | abnormal
             if self.settings.options.correction == "score clipping":
-                limit = self.detector.threshold(self.detector.change(previous, now), self.valid)
                 self.clipped = clip_change(self.clipped, previous, now, limit)
         self.recent.append(now.denoised)
 
@@ -102,7 +103,7 @@ class Watch:
         self.record.add_regions(regions)
         if self.settings.mode == "detect only":
             return None
-        mask = repair_mask(regions, self.region, options)
+        mask = repair_mask(regions, self.allowed, options)
         if not bool(mask.any()):
             return None
         if steps_left < 2:

@@ -1,5 +1,6 @@
 """When to look and when to repair: the window of a run, planned on its own schedule before it starts."""
 
+import math
 from dataclasses import dataclass
 
 BEST_NOISE_RATIO = 3.1
@@ -10,6 +11,15 @@ FIRST_NOISE_RATIO = 6.0
 
 MIN_STEPS = 3
 """One change needs two estimates, and after the repair there has to be a step left to use it."""
+
+
+ROUNDING = 1e-6
+"""0.29 of 100 steps is step 29, though 0.29 * 100 is a little less than that."""
+
+
+def fraction_for(step: int, steps: int) -> float:
+    """The smallest fraction in thousandths, as the widgets take it, that means at least this many of the steps."""
+    return math.ceil(1000 * step / steps) / 1000
 
 
 @dataclass(frozen=True)
@@ -42,16 +52,16 @@ def plan_window(ratios: list[float], window: str, detect_from: float, correct_at
     if steps < MIN_STEPS:
         return f"a run of {steps} step{'s' * (steps != 1)} is too short to be guarded: {MIN_STEPS} are needed"
     if window == "manual":
-        first, correct = int(detect_from * steps), int(correct_at * steps)
+        first, correct = (int(fraction * steps + ROUNDING) for fraction in (detect_from, correct_at))
         if correct > last:
             return (
                 f"correct_at {correct_at:g} is step {correct} of {steps}, too late: two steps have to be left after "
-                f"the repair. Set correct_at to {last / steps:.2f} or less"
+                f"the repair. Set correct_at to {fraction_for(last, steps)} or less"
             )
         if correct - first < 1:
             return (
                 f"the window from {detect_from:g} to {correct_at:g} holds one of the run's {steps} steps, and a change "
-                f"needs two. Widen it by at least {1 / steps:.2f}"
+                f"needs two. Widen it by at least {fraction_for(1, steps)}"
             )
         return Window(first, correct)
     early = [i for i, ratio in enumerate(ratios) if ratio >= BEST_NOISE_RATIO]

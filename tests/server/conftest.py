@@ -1,4 +1,4 @@
-"""What several server tests share: the pack's nodes as the server tells them, and one run of the quickstart workflow."""
+"""What several server tests share: the nodes as the server tells them, and one run of the quickstart workflow."""
 
 from dataclasses import dataclass
 

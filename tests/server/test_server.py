@@ -85,7 +85,8 @@ def test_sampler_begins_with_all_that_core_has(object_info):
 def test_quickstart_makes_all_pictures(quickstart_run, quickstart):
     count = quickstart[find(quickstart, "EmptyChromaRadianceLatentImage")]["inputs"]["batch_size"]
     made = quickstart_run.pictures
-    assert {role: len(found) for role, found in made.items()} == {WITHOUT: count, WITH: count, REGIONS: count, CURVES: 1}
+    counts = {WITHOUT: count, WITH: count, REGIONS: count, CURVES: 1}
+    assert {role: len(found) for role, found in made.items()} == counts
     assert all(pixels(picture).shape == (256, 256, 3) for role in (WITHOUT, WITH, REGIONS) for picture in made[role])
     summary = quickstart_run.summary
     assert summary["status"] == "guarded", summary["reason"]
@@ -98,7 +99,7 @@ def largest_region(image: dict) -> float:
 
 
 def test_pictures_without_findings_are_equal_bit_for_bit(comfy_server, object_info, quickstart, quickstart_run):
-    # A batch in which only some pictures are repaired: smaller regions than the middle of the largest ones do not count.
+    # A batch in which only some pictures are repaired: regions below the middle of the largest ones do not count.
     areas = sorted(map(largest_region, quickstart_run.summary["images"]))
     prompt = with_inputs(quickstart, "ASCEDGuard", options=["options", 0])
     widgets = object_info["ASCEDOptions"]["input"]["required"]

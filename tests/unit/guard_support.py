@@ -129,16 +129,16 @@ class Run:
 
     def _watch_model(self, apply_model, call):
         x = call["input"]
-        self.inputs.append(x.clone())
+        self.inputs.append(kept(x))
         return self.model_call(len(self.inputs) - 1, x, lambda: apply_model(x, call["timestep"], **call["c"]))
 
     def _watch_sampler(self, function):
         def sampler_function(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-            leg = Leg(x.clone(), sigmas.clone(), extra_args.get("seed"), len(self.inputs), open_bars())
+            leg = Leg(kept(x), kept(sigmas), extra_args.get("seed"), len(self.inputs), open_bars())
             self.legs.append(leg)
 
             def reporting(info):
-                leg.reported.append((info["i"], info["x"].clone()))
+                leg.reported.append((info["i"], kept(info["x"])))
                 callback(info)
 
             return function(model, x, sigmas, extra_args=extra_args, callback=reporting, disable=disable, **options)
@@ -148,6 +148,11 @@ class Run:
     def state_before(self, number, adaptive=False):
         """The state that leg `number` took up: the last one the model saw before, or the adaptive solver accepted."""
         return self.legs[number - 1].reported[-1][1] if adaptive else self.inputs[self.legs[number].first_input - 1]
+
+
+def kept(x):
+    """A copy on the CPU, where masks and reports are."""
+    return x.detach().clone().cpu()
 
 
 def open_bars():

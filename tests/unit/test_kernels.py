@@ -277,7 +277,7 @@ def test_masks_equal_the_published_rule(size):
     denoised, options = smooth_trajectory(size), AscedOptions()
     detector = CleanEstimateDetector(3.0, blur_sigma(options, min(size)))
     steps = [Estimate(d, d, 1.0, 1.0) for d in denoised]
-    abnormal = torch.stack([detector.abnormal(*pair) for pair in zip(steps, steps[1:])]).any(0)
+    abnormal = torch.stack([detector.judge(*pair)[0] for pair in zip(steps, steps[1:])]).any(0)
     wanted = published.detect(denoised.numpy())
     assert 0 < wanted.sum() < wanted.size // 2, "the trajectory shows nothing to compare"
     np.testing.assert_array_equal(abnormal.numpy(), published.abnormal_pixels(denoised.numpy()))
