@@ -43,7 +43,7 @@ def draw_panel(draw: ImageDraw.ImageDraw, panel: Panel, box: tuple[int, int, int
     left, top, right, bottom = box[0] + 64, box[1] + 34, box[2] - 16, box[3] - 44
     values = [v for line in panel.lines.values() for v in line if math.isfinite(v)]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    low = min(low, 0.0)
+    low, high = min(low, 0.0), max(high, 0.0)
     high = high if high > low else low + 1.0
     last = max(1, len(panel.x_labels) - 1)
 

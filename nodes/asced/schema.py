@@ -27,8 +27,8 @@ def mode_input() -> io.Input:
 def sensitivity_input() -> io.Input:
     return io.Float.Input(
         "sensitivity", default=1.0, min=0.01, max=10.0, step=0.01,
-        tooltip="Higher finds more and weaker artifacts, and more false ones. The threshold lies 3 / sensitivity "
-        "robust standard deviations above the median change.",
+        tooltip="Higher finds more and weaker artifacts, and more false ones; a region that grows beyond max_area is "
+        "dropped. The threshold lies 3 / sensitivity robust standard deviations above the median change.",
     )
 
 

@@ -19,7 +19,7 @@ HOST = "127.0.0.1"
 FOLDERS = ("custom_nodes", "models", "input", "output", "user")
 PACK_NAME = "artifact-guard"
 LOG_TAIL = 40
-START_SECONDS = 180
+START_SECONDS = 600
 # A server that is asked to end gets this long before it is killed.
 STOP_SECONDS = 10
 

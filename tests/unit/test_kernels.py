@@ -139,10 +139,11 @@ def random_masks(share, *shape, seed=5):
 
 
 MASKS = {
-    "sparse": random_masks(0.3, 3, 23, 31), "even": random_masks(0.55, 2, 32, 32), "dense": random_masks(0.9, 2, 19, 24),
-    "percolating": random_masks(0.6, 3, 29, 40), "row": random_masks(0.7, 2, 1, 33), "column": random_masks(0.7, 2, 33, 1),
-    "spiral": spiral(41), "two spirals": torch.cat([spiral(21), ~spiral(21)]), "one": torch.ones(1, 1, 1) > 0,
-    "empty": torch.zeros(2, 7, 9) > 0, "full": torch.ones(2, 7, 9) > 0, "diagonal": torch.eye(9)[None] > 0,
+    "sparse": random_masks(0.3, 3, 23, 31), "even": random_masks(0.55, 2, 32, 32), "one": torch.ones(1, 1, 1) > 0,
+    "percolating": random_masks(0.6, 3, 29, 40), "dense": random_masks(0.9, 2, 19, 24),
+    "row": random_masks(0.7, 2, 1, 33), "column": random_masks(0.7, 2, 33, 1), "diagonal": torch.eye(9)[None] > 0,
+    "spiral": spiral(41), "two spirals": torch.cat([spiral(21), ~spiral(21)]),
+    "empty": torch.zeros(2, 7, 9) > 0, "full": torch.ones(2, 7, 9) > 0,
     "view": random_masks(0.6, 2, 30, 22).transpose(1, 2)[:, ::2],
 }
 each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
