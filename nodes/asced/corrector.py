@@ -9,7 +9,7 @@ from .detector import Estimate
 from .options import AscedOptions
 
 UNIT_GAMMA = 0.1
-"""gamma at strength 1, in units of the clean sample's standard deviation."""
+"""gamma at strength 1, in units of the clean sample's standard deviation. Not yet chosen by `dev.py bench repair`."""
 
 
 def repair_mask(regions: torch.Tensor, allowed: torch.Tensor | None, options: AscedOptions) -> torch.Tensor:
