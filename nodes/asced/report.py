@@ -1,8 +1,6 @@
 """What a guard found, did and cost: one record a sampler run, kept in the report that the guard node puts out."""
 
-import copy
 import math
-from collections import deque
 from dataclasses import asdict
 
 import torch
@@ -10,13 +8,12 @@ import torch.nn.functional as F
 
 from ...kernels.regions import label_regions
 from ..latents import FrameLayout, frames_to_mask
+from ..run_reports import RunReport, fingerprint, image_part
 from .options import GuardSettings
 from .window import Window
 
 CURVE_PIXELS = 32
 """Speed maps are kept at this size at most: enough to tell inside from outside, and small beside a latent."""
-
-FINGERPRINT_VALUES = 256
 
 
 class RunRecord:
@@ -155,72 +152,20 @@ def describe_regions(regions: torch.Tensor) -> list[dict]:
     return sorted(described, key=lambda region: -region["area"])
 
 
-def fingerprint(frames: torch.Tensor) -> torch.Tensor:
-    """A few values from all over an output, by which it is known again after a change of device or dtype."""
-    flat = frames.reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(FINGERPRINT_VALUES, flat.numel()), dtype=torch.float64).long()
-    return flat[index.to(flat.device)].float().cpu()
+class ArtifactReport(RunReport[RunRecord]):
+    """The runs of one guarded model, newest last."""
 
-
-def same_output(one: torch.Tensor | None, other: torch.Tensor) -> bool:
-    """Whether two fingerprints are of the same output, fp16 or bf16 rounding in between allowed."""
-    if one is None or one.shape != other.shape:
-        return False
-    return torch.allclose(one, other, rtol=1e-2, atol=1e-2, equal_nan=True)
-
-
-RECENT_RUNS: deque[tuple[GuardSettings, RunRecord]] = deque(maxlen=32)
-"""The last runs of all guards. ComfyUI may throw a guard's output out of its cache while it keeps the sampler's; the
-guard is then made anew, with an empty report, and finds its run here, by the sampler's output."""
-
-
-class ArtifactReport:
-    """The runs of one guarded model, newest last. Filled while sampling runs, read by a report node afterwards."""
-
-    def __init__(self, settings: GuardSettings, latent_format):
-        self.settings = settings
-        self.latent_format = latent_format
-        self.runs: deque[RunRecord] = deque(maxlen=16)
-
-    def add(self, record: RunRecord, output: torch.Tensor) -> None:
-        """File the record of a finished run under the output (a sampler's tensor) that it gave."""
-        record.close(output)
-        self.runs.append(record)
-        RECENT_RUNS.append((self.settings, record))
+    patched = "guarded"
 
     def find(self, latent: dict) -> RunRecord:
-        """The record of the run that gave this LATENT; the newest one, with a note, if the latent was changed since.
+        """The record of the run that gave this LATENT; see RunReport.find.
 
         A guard that is off has no runs: its record is an empty one that says so.
-
-        Raises:
-            ValueError: nothing was sampled with the guarded model yet.
         """
-        samples = latent["samples"]
-        parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
-        layout = FrameLayout.of([p.shape for p in parts])
-        output = parts[0] if layout is None else parts[layout.part]
-        layout = None if layout is None else FrameLayout.of([layout.shape])
-        if self.settings.strength == 0:
-            record = RunRecord(self.settings, layout, self.latent_format)
-            record.refuse("the guard is off (strength 0)")
-            record.close(output)
-            return record
-        if layout is not None:
-            wanted = fingerprint(layout.frames(output))
-            candidates = [run for settings, run in RECENT_RUNS if settings == self.settings] + list(self.runs)
-            for record in reversed(candidates):
-                if same_output(record.fingerprint, wanted):
-                    return record
-        if not self.runs:
-            raise ValueError(
-                "This report is empty: the guarded model was not sampled yet. Connect `latent` to the output of the "
-                "sampler that uses the guard's MODEL output, so that the report is read after it."
-            )
-        newest = copy.copy(self.runs[-1])
-        if newest.layout is None:
-            return newest
-        newest.notes = newest.notes + [
-            "The latent is not the guarded sampler's own output; this is the newest run of the guard."
-        ]
-        return newest
+        if self.settings.strength > 0:
+            return super().find(latent)
+        layout, output = image_part(latent)
+        record = RunRecord(self.settings, layout, self.latent_format)
+        record.refuse("the guard is off (strength 0)")
+        record.close(output)
+        return record
