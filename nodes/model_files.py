@@ -1,0 +1,100 @@
+"""Small networks that nodes save and load: safetensors files in a models folder of their own, never overwritten.
+
+A file says in its metadata what it holds, so that a file of another kind is refused in words. Loading reads tensors
+and text and runs nothing.
+"""
+
+import json
+import os
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+import comfy.utils
+import folder_paths
+
+EXTENSION = ".safetensors"
+KIND_KEY = "artifact_guard"
+"""Metadata entry that names the kind of network in the file."""
+SETTINGS_KEY = "settings"
+"""Metadata entry with everything else, as JSON."""
+
+
+def register_folder(folder: str, *more_paths: str) -> None:
+    """Make `folder` one of ComfyUI's model folders: models/FOLDER, and further places to load from."""
+    default = os.path.join(folder_paths.models_dir, folder)
+    folder_paths.add_model_folder_path(folder, default)
+    for path in more_paths:
+        folder_paths.add_model_folder_path(folder, path)
+    paths, extensions = folder_paths.folder_names_and_paths[folder]
+    folder_paths.folder_names_and_paths[folder] = (paths, extensions | {EXTENSION})
+
+
+def file_names(folder: str) -> list[str]:
+    """The files a user can choose from, for a COMBO."""
+    return folder_paths.get_filename_list(folder)
+
+
+def save_model_file(folder: str, filename_prefix: str, kind: str, tensors: dict, settings: dict) -> str:
+    """Write tensors and settings as a new file PREFIX_00001_.safetensors under models/FOLDER, with the next free number.
+
+    Args:
+        kind: what the file holds, in the words an error would use, such as "flaw highlighter".
+        settings: plain data that the loader needs.
+
+    Returns:
+        The file's full path.
+
+    Raises:
+        ValueError: the prefix is empty or points outside the folder.
+    """
+    root = folder_paths.get_folder_paths(folder)[0]
+    target = os.path.abspath(os.path.join(root, filename_prefix))
+    if not os.path.basename(os.path.normpath(filename_prefix)).strip(". ") or not is_inside(target, root):
+        raise ValueError(
+            f"filename_prefix is {filename_prefix!r}: a name inside models/{folder} is wanted, such as clothes/first. "
+            "Leave out drive letters, leading slashes and `..`."
+        )
+    path_folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
+    path = os.path.join(path_folder, f"{name}_{counter:05}_{EXTENSION}")
+    while os.path.exists(path):
+        counter += 1
+        path = os.path.join(path_folder, f"{name}_{counter:05}_{EXTENSION}")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    comfy.utils.save_torch_file(tensors, path, metadata={KIND_KEY: kind, SETTINGS_KEY: json.dumps(settings)})
+    return path
+
+
+def load_model_file(folder: str, name: str, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors (on the CPU) and settings of a file that `save_model_file` wrote.
+
+    Raises:
+        ValueError: no such file, a name that points outside the folder, a damaged file, or one of another kind.
+    """
+    path = folder_paths.get_full_path(folder, name)
+    roots = folder_paths.get_folder_paths(folder)
+    if path is None or not any(is_inside(path, root) for root in roots):
+        raise ValueError(f"name is {name!r}: there is no such file under models/{folder}. Choose one from the list.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        settings = json.loads(metadata.get(SETTINGS_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} cannot be read as a safetensors file ({error}). It is damaged or of another format: copy or save it again."
+        ) from error
+    found = metadata.get(KIND_KEY)
+    if found != kind:
+        what = f"a {found}" if found else "not a file that Artifact Guard saved"
+        raise ValueError(f"{name} is {what}; a {kind} is wanted here. Choose another file under models/{folder}.")
+    return tensors, settings
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder, once links and `..` are resolved."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    try:
+        return os.path.commonpath([path, folder]) == folder
+    except ValueError:
+        return False
