@@ -17,7 +17,8 @@ class SmallModel:
 
     channels, frames: of its latents; frames is None for images, else latents are (B, C, T, H, W).
     width: of a text token. pooled: width of the pooled text, None if the family has none.
-    extra: further entries of its conditioning.
+    extra: shapes of further random entries of its conditioning. masked: its conditioning has an attention mask.
+    odd: it can sample sizes that are no multiple of its patch.
     """
 
     family: str
@@ -28,6 +29,8 @@ class SmallModel:
     frames: int | None = None
     size: tuple[int, int] = (16, 16)
     extra: dict = field(default_factory=dict)
+    masked: bool = False
+    odd: bool = True
 
     def latent(self, batch: int = 1, height: int | None = None, width: int | None = None, frames: int | None = None):
         """An empty LATENT; sizes in latent pixels."""
@@ -39,6 +42,8 @@ class SmallModel:
         """A CONDITIONING: random text tokens, (1, tokens, width)."""
         generator = torch.Generator().manual_seed(seed)
         options = {} if self.pooled is None else {"pooled_output": torch.randn(1, self.pooled, generator=generator)}
+        if self.masked:
+            options["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
         for name, shape in self.extra.items():
             options[name] = torch.randn(*shape, generator=generator)
         return [[torch.randn(1, tokens, self.width, generator=generator), options | more]]

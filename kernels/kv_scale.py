@@ -1,0 +1,34 @@
+"""Scaling of some tokens of a key or value tensor: FAM's reverse process (arXiv 2512.08774), x * (1 + amount)."""
+
+import torch
+
+
+def scale_tokens(x: torch.Tensor, amount: torch.Tensor, first: int = 0, axis: int = 1) -> torch.Tensor:
+    """Multiply the tokens first ... first + n - 1 of each sample by 1 + amount; the others keep every bit.
+
+    Written as x + x * amount, with one rounding: 1 + amount itself, rounded to bfloat16, would lose amounts below
+    0.4 %, and of 2.5 % every sixth part.
+
+    Args:
+        x: (B, N, C) with axis 1, or (B, heads, N, C) with axis 2, any floating dtype.
+        amount: (B, n), strength times map, any floating dtype. n at most N - first.
+        axis: where the tokens are.
+
+    Returns:
+        A new tensor of the shape and dtype of x.
+
+    Raises:
+        ValueError: amount does not fit x.
+    """
+    tokens = x.shape[axis]
+    if amount.shape[0] != x.shape[0] or first < 0 or first + amount.shape[1] > tokens:
+        raise ValueError(
+            f"amount {tuple(amount.shape)} from token {first} on does not fit x {tuple(x.shape)} with its tokens on axis {axis}."
+        )
+    shape = [x.shape[0]] + [1] * (x.ndim - 1)
+    shape[axis] = amount.shape[1]
+    amount = amount.to(x.device, x.dtype).view(shape)
+    if amount.shape[axis] == tokens:
+        return torch.addcmul(x, x, amount)
+    before, inside, after = x.split([first, amount.shape[axis], tokens - first - amount.shape[axis]], dim=axis)
+    return torch.cat([before, torch.addcmul(inside, inside, amount), after], dim=axis)
