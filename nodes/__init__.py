@@ -2,5 +2,6 @@
 
 from .asced.schema import NODES as ASCED_NODES
 from .demo.schema import NODES as DEMO_NODES
+from .fam.schema import NODES as FAM_NODES
 
-NODES = [*ASCED_NODES, *DEMO_NODES]
+NODES = [*ASCED_NODES, *FAM_NODES, *DEMO_NODES]

@@ -69,9 +69,21 @@ class FrameLayout:
 def mask_to_frames(mask: torch.Tensor, layout: FrameLayout, name: str) -> torch.Tensor:
     """A user's MASK at image size as a boolean mask of every latent frame, (B * T, H, W): more than half covered.
 
+    Args and errors: see `soft_mask_to_frames`.
+    """
+    return soft_mask_to_frames(mask, layout, name) > 0.5
+
+
+def soft_mask_to_frames(
+    mask: torch.Tensor, layout: FrameLayout, name: str, temporal_ratio: int | None = None
+) -> torch.Tensor:
+    """A user's MASK at image size as a mask of every latent frame, (B * T, H, W) float 0..1: the share that is covered.
+
     Args:
         mask: (M, h, w) or (h, w), values 0..1, M one, the batch, or the number of all frames.
         name: what the mask is called at the node, for the error.
+        temporal_ratio: image frames of a video that one latent frame stands for (the first stands for one). If given,
+            M may also be the number of all image frames; those of one latent frame are averaged.
 
     Raises:
         ValueError: NaN in the mask, an aspect ratio that is not the latent's, or a count that fits neither batch nor
@@ -92,12 +104,17 @@ def mask_to_frames(mask: torch.Tensor, layout: FrameLayout, name: str) -> torch.
             f"{width}x{height}. Make the mask at the size of the image that is sampled."
         )
     frames = layout.batch * layout.frames_per_sample
+    image_frames = 1 + (layout.frames_per_sample - 1) * (temporal_ratio or 1)
+    if temporal_ratio and mask.shape[0] == layout.batch * image_frames != frames:
+        mask = mask.unflatten(0, (layout.batch, image_frames))
+        later = mask[:, 1:].unflatten(1, (-1, temporal_ratio)).mean(dim=2)
+        mask = torch.cat([mask[:, :1], later], dim=1).flatten(0, 1)
     if mask.shape[0] not in (1, layout.batch, frames):
         raise ValueError(
             f"{name}: {mask.shape[0]} masks came for {layout.batch} samples of {layout.frames_per_sample} frames. "
             f"Give one mask for all, one a sample, or one a frame."
         )
-    mask = F.interpolate(mask[:, None], size=(height, width), mode="area")[:, 0] > 0.5
+    mask = F.interpolate(mask[:, None], size=(height, width), mode="area")[:, 0]
     if mask.shape[0] == layout.batch:
         mask = mask.repeat_interleave(layout.frames_per_sample, dim=0)
     return mask.expand(frames, height, width)

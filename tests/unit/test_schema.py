@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 
 import artifact_guard
 import comfy.samplers
+import folder_paths
 import nodes as core_nodes
 import pytest
 from artifact_guard.nodes import NODES
@@ -18,6 +19,7 @@ from tests.harness.pack import ROOT
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 MODES = ["correct", "detect only"]
 CLOTHES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+FLAW_HIGHLIGHTERS = folder_paths.get_filename_list("flaw_highlighters")
 LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
 OPTIONAL = "optional"
 
@@ -54,6 +56,47 @@ CONTRACT = {
         [("report", "ARTIFACT_REPORT"), ("latent", "LATENT"), ("image", "IMAGE", OPTIONAL)],
         [("artifact_mask", "MASK"), ("overlay", "IMAGE"), ("curves", "IMAGE"), ("artifact_fraction", "FLOAT"),
          ("summary", "STRING")],
+    ),
+    "FAMTrainFlawHighlighter": (
+        "Train Flaw Highlighter (FAM)", "FAM",
+        [("real", "IMAGE"), ("generated", "IMAGE"), ("epochs", "INT", 10), ("batch_size", "INT", 64),
+         ("learning_rate", "FLOAT", 2e-5), ("image_size", "INT", 256), ("seed", "INT", 0),
+         ("backbone", "COMBO", ["vgg16", "small"], "vgg16"), ("flaw_highlighter", "FLAW_HIGHLIGHTER", OPTIONAL)],
+        [("flaw_highlighter", "FLAW_HIGHLIGHTER"), ("curves", "IMAGE"), ("accuracy", "FLOAT")],
+    ),
+    "FAMSaveFlawHighlighter": (
+        "Save Flaw Highlighter", "FAM",
+        [("flaw_highlighter", "FLAW_HIGHLIGHTER"), ("filename_prefix", "STRING", "highlighter")], [],
+    ),
+    "FAMLoadFlawHighlighter": (
+        "Load Flaw Highlighter", "FAM", [("name", "COMBO", FLAW_HIGHLIGHTERS, None)],
+        [("flaw_highlighter", "FLAW_HIGHLIGHTER")],
+    ),
+    "FAMFlawMap": (
+        "Flaw Map (FAM)", "FAM",
+        [("flaw_highlighter", "FLAW_HIGHLIGHTER"), ("image", "IMAGE"),
+         ("reduce", "COMBO", ["each image", "batch mean"], "each image")],
+        [("flaw_map", "MASK"), ("overlay", "IMAGE"), ("generated_probability", "FLOAT")],
+    ),
+    "FAMAttentionPatch": (
+        "Flaw Attention Patch (FAM)", "FAM",
+        [("model", "MODEL"), ("flaw_map", "MASK"), ("strength", "FLOAT", 0.025),
+         ("target", "COMBO", ["key and value", "key", "value"], "key and value"), ("start_percent", "FLOAT", 0.0),
+         ("end_percent", "FLOAT", 1.0), ("blocks", "STRING", "")],
+        [("model", "MODEL")],
+    ),
+    "FAMNoise": (
+        "Flaw Noise (FAM)", "FAM", [("noise", "NOISE"), ("flaw_map", "MASK"), ("strength", "FLOAT", 0.01)],
+        [("noise", "NOISE")],
+    ),
+    "FAMRefine": (
+        "Refine Flaws (FAM)", "FAM",
+        [("model", "MODEL"), ("vae", "VAE"), ("flaw_highlighter", "FLAW_HIGHLIGHTER"), ("positive", "CONDITIONING"),
+         ("negative", "CONDITIONING"), ("latent", "LATENT"), ("seed", "INT", 0), ("steps", "INT", 20),
+         ("cfg", "FLOAT", 8.0), ("sampler_name", "COMBO", SAMPLERS, None), ("scheduler", "COMBO", SCHEDULERS, None),
+         ("denoise", "FLOAT", 0.35), ("rounds", "INT", 1), ("attention_strength", "FLOAT", 0.025),
+         ("noise_strength", "FLOAT", 0.0), ("threshold", "FLOAT", 0.5)],
+        [("latent", "LATENT"), ("flaw_map", "MASK"), ("probabilities", "STRING")],
     ),
     "ArtifactGuardDemoModel": ("Load Demo Model", "Demo", [], [("model", "MODEL"), ("vae", "VAE")]),
     "ArtifactGuardDemoCondition": (
@@ -130,7 +173,7 @@ def test_flags():
     """Two guards never share a cached report, and the report node runs without anything behind it."""
     assert BY_ID["ASCEDGuard"].GET_SCHEMA().not_idempotent
     outputs = {name for name, node in BY_ID.items() if node.GET_SCHEMA().is_output_node}
-    assert outputs == {"ASCEDReport"}
+    assert outputs == {"ASCEDReport", "FAMSaveFlawHighlighter"}
 
 
 def test_the_sampler_node_begins_like_cores():
@@ -147,7 +190,7 @@ def test_the_sampler_node_begins_like_cores():
 # How it is packed
 
 SOURCES = sorted(path for folder in ("nodes", "kernels") for path in (ROOT / folder).rglob("*.py"))
-SHARED = {"torch", "numpy", "PIL", "kornia"}
+SHARED = {"torch", "numpy", "PIL", "kornia", "safetensors"}
 COMFYUI = {"comfy", "comfy_api", "comfy_extras", "latent_preview", "nodes", "folder_paths"}
 
 

@@ -1,0 +1,144 @@
+"""Refining: renoise the flawed regions of an image, resample them with the attention patch on, keep what got better."""
+
+from dataclasses import dataclass
+
+import torch
+
+import comfy.sample
+import comfy.utils
+import latent_preview
+
+from ...kernels.score_dynamics import gaussian_blur
+from ..latents import FrameLayout, check_latent, soft_mask_to_frames
+from .attention import AttentionSettings, patch_attention
+from .grad_cam import flaw_map
+from .highlighter import FlawHighlighter
+from .noise import add_map
+
+SOFTNESS = 0.02
+"""Blur of a region's edge, as a fraction of the shorter side; at least half a latent pixel."""
+FAINTEST = 0.02
+"""Edges fainter than this belong to the outside, which is left untouched."""
+FLAWED = 0.5
+"""An image that the highlighter calls generated with less than this probability is left as it is."""
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """What the node sets, in the words of core's KSampler where it has them. Raises ValueError."""
+
+    seed: int
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    denoise: float = 0.35
+    rounds: int = 1
+    attention_strength: float = 0.025
+    noise_strength: float = 0.0
+    threshold: float = 0.5
+
+    def __post_init__(self):
+        if not 0 < self.denoise <= 1:
+            raise ValueError(f"denoise is {self.denoise}; more than 0 (which would change nothing) and at most 1 is wanted.")
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}; at least 1 is wanted.")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold is {self.threshold}; a value from 0 (excluded) to 1 is wanted.")
+
+
+def decode(vae, samples: torch.Tensor) -> torch.Tensor:
+    """A latent as IMAGE (frames, H, W, 3), the frames of a video one after the other."""
+    image = vae.decode(samples)
+    return image.flatten(0, 1) if image.ndim == 5 else image
+
+
+def soften(maps: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Regions of maps (F, H, W), at the size of the latent, with soft edges: 0..1, exactly 0 outside."""
+    region = (maps >= threshold).float()
+    sigma = max(0.5, SOFTNESS * min(maps.shape[-2:]))
+    soft = torch.maximum(region, gaussian_blur(region[:, None], sigma)[:, 0]).clamp(0, 1)
+    return torch.where(soft > FAINTEST, soft, 0.0)
+
+
+class Refiner:
+    """One refinement: the sample as it is, the maps and probabilities the highlighter gives it, and what was tried."""
+
+    def __init__(self, model, vae, highlighter: FlawHighlighter, positive, negative, latent: dict, settings: RefineSettings):
+        self.model, self.vae, self.highlighter, self.settings = model, vae, highlighter, settings
+        self.positive, self.negative, self.latent = positive, negative, latent
+        samples = latent["samples"]
+        if getattr(samples, "is_nested", False):
+            raise ValueError("latent: a latent of video and sound together cannot be refined. Separate the video part first.")
+        self.format = model.get_model_object("latent_format")
+        self.samples = comfy.sample.fix_empty_latent_channels(model, samples)
+        check_latent(self.samples, self.format, nested=False)
+        self.layout = FrameLayout.of([self.samples.shape])
+        if self.layout is None:
+            raise ValueError(f"latent: it has no image part (its shape is {tuple(samples.shape)}), so there is nothing to refine.")
+        self.temporal_ratio = int(getattr(self.format, "temporal_downscale_ratio", 1) or 1)
+        self.maps, self.probabilities = self.judge(self.samples)
+        self.report = [{"sample": i, "before": p, "rounds": []} for i, p in enumerate(self.probabilities.tolist())]
+
+    def judge(self, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps of all image frames, and the probability of each sample: the mean over its frames."""
+        maps, probabilities = flaw_map(self.highlighter, decode(self.vae, samples))
+        return maps, probabilities.unflatten(0, (self.layout.batch, -1)).mean(dim=1)
+
+    def regions(self) -> torch.Tensor:
+        """Where each sample is to be redrawn, (B, 1, [T,] H, W) in 0..1; nowhere in samples that are judged sound."""
+        maps = soft_mask_to_frames(self.maps, self.layout, "flaw_map", self.temporal_ratio)
+        regions = soften(maps, self.settings.threshold).unflatten(0, (self.layout.batch, -1))
+        regions = regions * (self.probabilities >= FLAWED).view(-1, 1, 1, 1)
+        regions = regions[:, None] if self.samples.ndim == 5 else regions
+        mask = self.latent.get("noise_mask")
+        if mask is not None:
+            shape = (*self.samples.shape[:1], 1, *self.samples.shape[2:])
+            regions = regions * comfy.utils.reshape_mask(mask, shape)[:, :1].to(regions)
+        return regions
+
+    def resample(self, regions: torch.Tensor, number: int) -> torch.Tensor:
+        """The sample with its regions drawn anew; everything else keeps every bit."""
+        settings, seed = self.settings, (self.settings.seed + number) % (1 << 64)
+        attention = AttentionSettings(settings.attention_strength)
+        model = patch_attention(self.model, self.maps, attention) if attention.strength else self.model
+        noise = comfy.sample.prepare_noise(self.samples, seed, self.latent.get("batch_index"))
+        if settings.noise_strength:
+            maps = soft_mask_to_frames(self.maps, self.layout, "flaw_map", self.temporal_ratio)
+            noise = add_map(noise, maps, settings.noise_strength)
+        redrawn = comfy.sample.sample(
+            model, noise, settings.steps, settings.cfg, settings.sampler_name, settings.scheduler, self.positive,
+            self.negative, self.samples, denoise=settings.denoise, noise_mask=regions, seed=seed,
+            callback=latent_preview.prepare_callback(model, settings.steps),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        )
+        return torch.where(regions > 0, redrawn.to(self.samples), self.samples)
+
+    def round(self, number: int) -> bool:
+        """One round; gives False if there was nothing to redraw."""
+        regions = self.regions()
+        if not regions.any():
+            return False
+        redrawn = self.resample(regions, number)
+        maps, probabilities = self.judge(redrawn)
+        better = probabilities < self.probabilities
+        for entry, probability, kept, region in zip(self.report, probabilities.tolist(), better.tolist(), regions):
+            if region.any():
+                share = round((region > 0).float().mean().item(), 4)
+                entry["rounds"].append({"probability": probability, "kept": kept, "region": share})
+        self.samples = torch.where(better.view(-1, *[1] * (redrawn.ndim - 1)), redrawn, self.samples)
+        frames = better.repeat_interleave(len(maps) // len(better))
+        self.maps = torch.where(frames[:, None, None], maps, self.maps)
+        self.probabilities = torch.where(better, probabilities, self.probabilities)
+        return True
+
+    def run(self) -> tuple[dict, torch.Tensor, dict]:
+        """All rounds: the LATENT, its maps (MASK), and the report."""
+        for number in range(self.settings.rounds):
+            if not self.round(number):
+                break
+        for entry, probability in zip(self.report, self.probabilities.tolist()):
+            entry["after"] = probability
+            if not entry["rounds"]:
+                entry["note"] = f"left as it is: judged sound (below {FLAWED}), or no region to redraw"
+        return {**self.latent, "samples": self.samples}, self.maps, {"images": self.report}

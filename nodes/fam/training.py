@@ -1,0 +1,190 @@
+"""Training of a flaw highlighter: balanced batches, augmentation, a tenth held out, the best epoch kept."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .augment import augment
+from .highlighter import GENERATED, REAL, Backbone, HighlighterSettings, fit_images, new_network
+
+FEWEST_IMAGES = 8
+HELD_OUT = 0.1
+BETAS = (0.5, 0.999)
+RATE_FACTOR = {"vgg16": 1.0, "small": 100.0}
+"""The node's learning rate is the published one, for VGG16. The small backbone starts from nothing and has norms: its
+rate is this many times as high."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What the node sets. Raises ValueError for values that cannot work."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    image_size: int
+    seed: int
+    backbone: str
+
+    def __post_init__(self):
+        for name in ("epochs", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a whole number of 1 or more is wanted.")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size is {self.batch_size}; at least 2 are wanted, one real and one generated image.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate is {self.learning_rate}; a value above 0 is wanted, such as 2e-5.")
+
+
+def check_classes(real: torch.Tensor, generated: torch.Tensor) -> None:
+    """Refuse training images that a highlighter could only learn something wrong from.
+
+    Raises:
+        ValueError: too few images of a class, or classes that differ in size or channels.
+    """
+    for name, images in (("real", real), ("generated", generated)):
+        if images.ndim != 4 or len(images) < FEWEST_IMAGES:
+            count = len(images) if images.ndim == 4 else 0
+            raise ValueError(
+                f"{name}: {count} images came; at least {FEWEST_IMAGES} of each class are wanted, and a few hundred for "
+                "a highlighter that is of use. Load a folder of images."
+            )
+    if real.shape[1:3] != generated.shape[1:3]:
+        sizes = [f"{images.shape[2]}x{images.shape[1]}" for images in (real, generated)]
+        raise ValueError(
+            f"real images are {sizes[0]} pixels and generated ones {sizes[1]}: the highlighter would learn the trace of "
+            "the resizing. Scale both the same way to one size before this node."
+        )
+    if real.shape[-1] != generated.shape[-1]:
+        raise ValueError(
+            f"real images have {real.shape[-1]} channels and generated ones {generated.shape[-1]}: the highlighter would "
+            "learn that. Convert both the same way (grey, RGB or RGBA)."
+        )
+
+
+def split_held_out(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(training, held-out) indices of one class: a tenth held out, at least two."""
+    order = torch.randperm(count, generator=generator)
+    held = max(2, round(HELD_OUT * count))
+    return order[held:], order[:held]
+
+
+class Training:
+    """One training run. `run` goes through the epochs; `best` is there at any time, also after an interruption.
+
+    Args:
+        real, generated: IMAGE (N, H, W, C), both of one size.
+        device: where the network is trained.
+        start: a network to go on with; its own weights stay as they are.
+
+    Raises:
+        ValueError: see `check_classes` and `fit_images`.
+    """
+
+    def __init__(self, real, generated, settings: TrainingSettings, device, start: Backbone | None = None):
+        check_classes(real, generated)
+        self.settings, self.device = settings, device
+        shape = HighlighterSettings(settings.backbone, settings.image_size)
+        generator = torch.Generator().manual_seed(settings.seed)
+        self.train_images, self.held_images = [], []
+        for images in (real, generated):
+            pixels = (fit_images(images, shape) * 255).round().byte()
+            train, held = split_held_out(len(pixels), generator)
+            self.train_images.append(pixels[train])
+            self.held_images.append(pixels[held])
+        if start is None:
+            start = new_network(settings.backbone, settings.seed)
+        with torch.inference_mode(False):
+            self.network = copy.deepcopy(start).to(device).requires_grad_(True)
+            self.best = copy.deepcopy(start).to(device)
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []
+        self.best_epoch, self.best_score = 0, (-1.0, 0.0)
+
+    @property
+    def accuracy(self) -> float:
+        """Held-out accuracy of the best epoch; each class counts half."""
+        return max(self.best_score[0], 0.0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Until every image of the larger class has been seen once."""
+        half = max(1, self.settings.batch_size // 2)
+        return math.ceil(max(map(len, self.train_images)) / half)
+
+    def held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Held-out images (N, 3, h, w) in 0..1 and their classes (N,), real ones first."""
+        classes = [torch.full((len(images),), c) for c, images in zip((REAL, GENERATED), self.held_images)]
+        return torch.cat(self.held_images).float() / 255, torch.cat(classes)
+
+    def batches(self, epoch: int):
+        """Augmented images and classes of each step, half real, half generated; they depend on seed and epoch only.
+
+        The smaller class is gone through as often as it takes.
+        """
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        half = max(1, self.settings.batch_size // 2)
+        wanted = self.steps_per_epoch * half
+        orders = []
+        for pool in self.train_images:
+            rounds = math.ceil(wanted / len(pool))
+            orders.append(torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(rounds)])[:wanted])
+        classes = torch.tensor([REAL] * half + [GENERATED] * half)
+        for chosen in zip(*(order.split(half) for order in orders)):
+            images = torch.cat([pool[index] for pool, index in zip(self.train_images, chosen)])
+            yield augment(images.float() / 255, generator), classes
+
+    def evaluate(self) -> tuple[float, float]:
+        """(balanced accuracy, minus loss) on the held-out images: larger is better."""
+        images, classes = self.held_out()
+        self.network.eval()
+        with torch.no_grad():
+            logits = torch.cat([self.network(part.to(self.device)).float().cpu() for part in images.split(16)])
+        right = (logits.argmax(dim=1) == classes).float()
+        accuracy = (right[classes == REAL].mean() + right[classes == GENERATED].mean()).item() / 2
+        weights = torch.where(classes == REAL, 1 / (classes == REAL).sum(), 1 / (classes == GENERATED).sum())
+        loss = (F.cross_entropy(logits, classes, reduction="none") * weights).sum().item() / 2
+        return accuracy, -loss
+
+    def run(self, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Train for all epochs. `tell` gets (steps done, steps in all) after each step; what it raises ends the run."""
+        settings, steps = self.settings, self.steps_per_epoch
+        total, rate = steps * settings.epochs, settings.learning_rate * RATE_FACTOR[settings.backbone]
+        with torch.inference_mode(False), torch.enable_grad():
+            optimizer = torch.optim.AdamW(self.network.parameters(), lr=rate, betas=BETAS)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, max_lr=rate, total_steps=total + 1, cycle_momentum=False
+            )
+            for epoch in range(settings.epochs):
+                self.network.train()
+                losses = []
+                for step, (images, classes) in enumerate(self.batches(epoch)):
+                    logits = self.network(images.to(self.device))
+                    loss = F.cross_entropy(logits.float(), classes.to(self.device))
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    losses.append(loss.item())
+                    tell(epoch * steps + step + 1, total)
+                self.losses.append(sum(losses) / len(losses))
+                self.keep_best(epoch)
+
+    def keep_best(self, epoch: int) -> None:
+        """Judge the network after an epoch and remember it if no earlier one was better."""
+        score = self.evaluate()
+        self.accuracies.append(score[0])
+        if score > self.best_score:
+            self.best_score, self.best_epoch = score, epoch + 1
+            self.best.load_state_dict(self.network.state_dict())
+
+    def result(self, earlier_epochs: int = 0, warnings: tuple[str, ...] = ()) -> HighlighterSettings:
+        """Settings for a highlighter made of `best`."""
+        return HighlighterSettings(
+            self.settings.backbone, self.settings.image_size, earlier_epochs + self.best_epoch, self.accuracy,
+            self.settings.seed, len(self.train_images[REAL]), len(self.train_images[GENERATED]), warnings,
+        )

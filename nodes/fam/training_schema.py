@@ -1,0 +1,73 @@
+"""The node that trains a flaw highlighter."""
+
+from comfy_api.latest import io, ui
+
+from .highlighter import BACKBONES
+from .pictures import draw_training
+from .session import train_highlighter
+from .training import RATE_FACTOR, TrainingSettings
+
+CATEGORY = "Artifact Guard/FAM"
+
+FlawHighlighterType = io.Custom("FLAW_HIGHLIGHTER")
+
+
+class FAMTrainFlawHighlighter(io.ComfyNode):
+    """Trains a highlighter on real and generated images."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FAMTrainFlawHighlighter",
+            display_name="Train Flaw Highlighter (FAM)",
+            category=CATEGORY,
+            description="Learns from real and generated images what looks generated. A few hundred of each are of use.",
+            search_aliases=["fam train", "train artifact detector", "real fake classifier", "flaw highlighter"],
+            inputs=[
+                io.Image.Input("real", tooltip="Real images, at least 8, of the same size as the generated ones."),
+                io.Image.Input("generated", tooltip="What your model makes of the same subjects, at least 8."),
+                io.Int.Input("epochs", default=10, min=1, max=10000, tooltip="How often all images are gone through."),
+                io.Int.Input("batch_size", default=64, min=2, max=4096, tooltip="Images a step, half of them real."),
+                io.Float.Input(
+                    "learning_rate", default=2e-5, min=1e-8, max=1.0, step=1e-6, round=False,
+                    tooltip="The published rate, for vgg16. The small backbone, which starts from nothing, takes "
+                    f"{RATE_FACTOR['small']:g} times this.",
+                ),
+                io.Int.Input(
+                    "image_size", default=256, min=32, max=2048, step=8,
+                    tooltip="Images are judged with their shorter side at this. Larger sees finer flaws and is slower.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Of the weights, of the order and of which images are held out.",
+                ),
+                io.Combo.Input(
+                    "backbone", options=list(BACKBONES), default="vgg16",
+                    tooltip="vgg16: as published; takes a vgg16 file from models/flaw_highlighters as a start, if there is "
+                    "one. small: trains in minutes.",
+                ),
+                FlawHighlighterType.Input(
+                    "flaw_highlighter", optional=True, tooltip="Go on training this one, with its backbone and image size."
+                ),
+            ],
+            outputs=[
+                FlawHighlighterType.Output("flaw_highlighter", display_name="flaw_highlighter", tooltip="The best epoch."),
+                io.Image.Output("curves", display_name="curves", tooltip="Loss and held-out accuracy of each epoch."),
+                io.Float.Output(
+                    "accuracy", display_name="accuracy",
+                    tooltip="On held-out images; 0.5 is guessing, and a good generator makes it low.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, real, generated, epochs, batch_size, learning_rate, image_size, seed, backbone, flaw_highlighter=None
+    ) -> io.NodeOutput:
+        settings = TrainingSettings(epochs, batch_size, learning_rate, image_size, seed, backbone)
+        highlighter, training = train_highlighter(real, generated, settings, flaw_highlighter)
+        curves = draw_training(training.losses, training.accuracies, training.best_epoch)
+        words = [f"Held-out accuracy {training.accuracy:.1%}, epoch {training.best_epoch} of {epochs}."]
+        words += highlighter.settings.warnings or ["No spurious cue found: the verdicts follow the marked spots."]
+        pictures = ui.PreviewImage(curves, cls=cls).as_dict()
+        return io.NodeOutput(highlighter, curves, training.accuracy, ui={**pictures, "text": words})
