@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-SMALLEST_CROP = 0.8
+SMALLEST_CROP = 0.9
 SMALLEST_SCALE = 0.5
 JPEG_QUALITIES = (35, 96)
 COLOUR = 0.25
@@ -30,7 +30,7 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def crop_and_mirror(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A random part of each image, at least 80 % of its sides, brought back to size; half of them mirrored."""
+    """A random part of each image, at least 90 % of its sides, brought back to size; half of them mirrored."""
     count = len(images)
     scale = 1 - (1 - SMALLEST_CROP) * torch.rand(count, generator=generator)
     shift = (2 * torch.rand(count, 2, generator=generator) - 1) * (1 - scale)[:, None]

@@ -2,7 +2,7 @@
 
 arXiv 2512.08774 uses VGG16's convolutions and two linear layers. Both backbones here end in one convolution whose
 activations (after ReLU) the flaw map is read from, `features`, and a head that pools over space, so that images of any
-size go in: the paper's head flattens and fixes the size. The pool is the mean and the maximum, because a flaw that
+size go in: the paper's head flattens and fixes the size. The pool is the sum of mean and maximum, because a flaw that
 fills one part in a hundred of an image hardly moves a mean.
 """
 
@@ -30,15 +30,15 @@ SMALL_LAYERS = ((3, 16, 2), (16, 32, 2), (32, 48, 1), (48, 64, 2), (64, 64, 1), 
 
 
 class Head(torch.nn.Module):
-    """Mean and maximum over space, and the two linear layers: features (B, C, h, w) give logits (B, 2)."""
+    """Mean plus maximum over space, and the two linear layers: features (B, C, h, w), not negative, give logits (B, 2)."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
-        self.hidden = LAYERS.Linear(2 * channels, hidden)
+        self.hidden = LAYERS.Linear(channels, hidden)
         self.output = LAYERS.Linear(hidden, 2)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        pooled = torch.cat([features.mean(dim=(-2, -1)), features.amax(dim=(-2, -1))], dim=1)
+        pooled = features.mean(dim=(-2, -1)) + features.amax(dim=(-2, -1))
         return self.output(F.relu(self.hidden(pooled)))
 
 
@@ -66,7 +66,7 @@ class SmallBackbone(Backbone):
     def __init__(self):
         super().__init__()
         self.convolutions = torch.nn.ModuleList(
-            LAYERS.Conv2d(a, b, 3, stride=stride, padding=1) for a, b, stride in SMALL_LAYERS
+            LAYERS.Conv2d(a, b, 3, stride=stride, padding=1, padding_mode="replicate") for a, b, stride in SMALL_LAYERS
         )
         self.norms = torch.nn.ModuleList(LAYERS.GroupNorm(8, b) for _, b, _ in SMALL_LAYERS[:-1])
         self.head = Head(SMALL_LAYERS[-1][1], 64)

@@ -14,6 +14,8 @@ from .highlighter import GENERATED, REAL, Backbone, HighlighterSettings, fit_ima
 FEWEST_IMAGES = 8
 HELD_OUT = 0.1
 BETAS = (0.5, 0.999)
+LARGEST_GRADIENT = 1.0
+"""Norm to which gradients are clipped: a network that starts from nothing may be thrown off in its first steps."""
 RATE_FACTOR = {"vgg16": 1.0, "small": 100.0}
 """The node's learning rate is the published one, for VGG16. The small backbone starts from nothing and has norms: its
 rate is this many times as high."""
@@ -157,7 +159,7 @@ class Training:
         with torch.inference_mode(False), torch.enable_grad():
             optimizer = torch.optim.AdamW(self.network.parameters(), lr=rate, betas=BETAS)
             schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, max_lr=rate, total_steps=total + 1, cycle_momentum=False
+                optimizer, max_lr=rate, total_steps=total + 1, pct_start=0.1, cycle_momentum=False
             )
             for epoch in range(settings.epochs):
                 self.network.train()
@@ -167,6 +169,7 @@ class Training:
                     loss = F.cross_entropy(logits.float(), classes.to(self.device))
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
+                    torch.nn.utils.clip_grad_norm_(self.network.parameters(), LARGEST_GRADIENT)
                     optimizer.step()
                     schedule.step()
                     losses.append(loss.item())
