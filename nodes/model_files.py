@@ -60,9 +60,14 @@ def save_model_file(folder: str, filename_prefix: str, kind: str, tensors: dict,
     while os.path.exists(path):
         counter += 1
         path = os.path.join(path_folder, f"{name}_{counter:05}_{EXTENSION}")
+    write_model_file(path, kind, tensors, settings)
+    return path
+
+
+def write_model_file(path: str, kind: str, tensors: dict, settings: dict) -> None:
+    """Write one file at this very path, what is there or not."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     comfy.utils.save_torch_file(tensors, path, metadata={KIND_KEY: kind, SETTINGS_KEY: json.dumps(settings)})
-    return path
 
 
 def load_model_file(folder: str, name: str, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
@@ -75,6 +80,15 @@ def load_model_file(folder: str, name: str, kind: str) -> tuple[dict[str, torch.
     roots = folder_paths.get_folder_paths(folder)
     if path is None or not any(is_inside(path, root) for root in roots):
         raise ValueError(f"name is {name!r}: there is no such file under models/{folder}. Choose one from the list.")
+    return read_model_file(path, name, kind)
+
+
+def read_model_file(path: str, name: str, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and settings of a file; `name` is what errors call it.
+
+    Raises:
+        ValueError: a damaged file, or one of another kind.
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -87,7 +101,7 @@ def load_model_file(folder: str, name: str, kind: str) -> tuple[dict[str, torch.
     found = metadata.get(KIND_KEY)
     if found != kind:
         what = f"a {found}" if found else "not a file that Artifact Guard saved"
-        raise ValueError(f"{name} is {what}; a {kind} is wanted here. Choose another file under models/{folder}.")
+        raise ValueError(f"{name} is {what}; a {kind} is wanted here. Choose another file.")
     return tensors, settings
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 SMALLEST_CROP = 0.9
-SMALLEST_SCALE = 0.5
-JPEG_QUALITIES = (35, 96)
+SMALLEST_SCALE = 0.6
+JPEG_QUALITIES = (50, 96)
 COLOUR = 0.25
 NOISE = 0.02
 RESIZE_MODES = ("bilinear", "bicubic", "area", "nearest")
@@ -54,7 +54,7 @@ def recolour(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def rescale(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Half of the images scaled down by up to two and up again, by a random method. image: (3, H, W)."""
+    """Half of the images scaled down to 60 % at least and up again, by a random method. image: (3, H, W)."""
     chance, scale = torch.rand(2, generator=generator).tolist()
     modes = torch.randint(len(RESIZE_MODES), (2,), generator=generator).tolist()
     if chance < 0.5:

@@ -12,7 +12,7 @@ from ..exact.trap_families import make_traps
 AMPLITUDES = (0.4, 0.8)
 """Of the [-1, 1] image: the range for which the detection benchmark sets its goals."""
 
-VISIBLE = 0.3
+VISIBLE = 0.4
 """A flaw changes its region by at least this much, RMS: garbage that is black on black is no flaw, and is drawn anew."""
 
 
