@@ -3,5 +3,6 @@
 from .asced.schema import NODES as ASCED_NODES
 from .demo.schema import NODES as DEMO_NODES
 from .fam.schema import NODES as FAM_NODES
+from .tag.schema import NODES as TAG_NODES
 
-NODES = [*ASCED_NODES, *FAM_NODES, *DEMO_NODES]
+NODES = [*ASCED_NODES, *TAG_NODES, *FAM_NODES, *DEMO_NODES]

@@ -169,6 +169,58 @@ NODES = {
         [],
         [("latent", "LATENT"), ("flaw_map", "MASK"), ("probabilities", "STRING")],
     ),
+    "TAGTrainTimePredictor": Node(
+        "Train Time Predictor (TAG)",
+        "Artifact Guard/TAG",
+        [
+            ("model", "MODEL"),
+            ("latents", "LATENT"),
+            ("steps", "INT"),
+            ("batch_size", "INT"),
+            ("learning_rate", "FLOAT"),
+            ("seed", "INT"),
+        ],
+        [("conditioning", "CONDITIONING"), ("time_predictor", "TIME_PREDICTOR")],
+        [("time_predictor", "TIME_PREDICTOR"), ("loss_curve", "IMAGE"), ("time_gap", "FLOAT")],
+    ),
+    "TAGSaveTimePredictor": Node(
+        "Save Time Predictor",
+        "Artifact Guard/TAG",
+        [("time_predictor", "TIME_PREDICTOR"), ("filename_prefix", "STRING")],
+        [],
+        [],
+        output_node=True,
+    ),
+    "TAGLoadTimePredictor": Node(
+        "Load Time Predictor",
+        "Artifact Guard/TAG",
+        [("name", None)],
+        [],
+        [("time_predictor", "TIME_PREDICTOR")],
+    ),
+    "TemporalAlignmentGuidance": Node(
+        "Temporal Alignment Guidance (TAG)",
+        "Artifact Guard/TAG",
+        [
+            ("model", "MODEL"),
+            ("strength", "FLOAT"),
+            ("mode", ["relative", "score", "shift"]),
+            ("start_percent", "FLOAT"),
+            ("end_percent", "FLOAT"),
+            ("estimate", ["closed form", "published gradient"]),
+            ("ask_at", ["sample's level", "step's level"]),
+        ],
+        [("time_predictor", "TIME_PREDICTOR")],
+        [("model", "MODEL"), ("report", "TIME_GAP_REPORT")],
+    ),
+    "TAGTimeGap": Node(
+        "Time Gap (TAG)",
+        "Artifact Guard/TAG",
+        [("report", "TIME_GAP_REPORT"), ("latent", "LATENT")],
+        [],
+        [("time_gap", "FLOAT"), ("curve", "IMAGE"), ("summary", "STRING")],
+        output_node=True,
+    ),
     "ArtifactGuardDemoModel": Node(
         "Load Demo Model", "Artifact Guard/Demo", [], [], [("model", "MODEL"), ("vae", "VAE")]
     ),
@@ -182,6 +234,8 @@ NODES = {
 }
 
 DEFAULTS = {
+    "TAGTrainTimePredictor": {"steps": 3000, "batch_size": 128, "learning_rate": 1e-4},
+    "TemporalAlignmentGuidance": {"strength": 1.0, "mode": "relative", "start_percent": 0.0, "end_percent": 1.0},
     "ASCEDGuard": {"mode": "correct", "sensitivity": 1.0, "strength": 1.0, "window": "auto"},
     "ASCEDOptions": {"detector": "clean estimate", "correction": "targeted", "reverse_step": 1, "rounds": 1},
     "ASCEDKSampler": {"mode": "correct", "sensitivity": 1.0, "strength": 1.0},

@@ -19,6 +19,7 @@ from tests.harness.pack import ROOT
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 MODES = ["correct", "detect only"]
 CLOTHES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+TIME_PREDICTORS = folder_paths.get_filename_list("time_predictors")
 FLAW_HIGHLIGHTERS = folder_paths.get_filename_list("flaw_highlighters")
 LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
 OPTIONAL = "optional"
@@ -98,6 +99,34 @@ CONTRACT = {
          ("noise_strength", "FLOAT", 0.0), ("threshold", "FLOAT", 0.5)],
         [("latent", "LATENT"), ("flaw_map", "MASK"), ("probabilities", "STRING")],
     ),
+    "TAGTrainTimePredictor": (
+        "Train Time Predictor (TAG)", "TAG",
+        [("model", "MODEL"), ("latents", "LATENT"), ("steps", "INT", 3000), ("batch_size", "INT", 128),
+         ("learning_rate", "FLOAT", 1e-4), ("seed", "INT", 0), ("conditioning", "CONDITIONING", OPTIONAL),
+         ("time_predictor", "TIME_PREDICTOR", OPTIONAL)],
+        [("time_predictor", "TIME_PREDICTOR"), ("loss_curve", "IMAGE"), ("time_gap", "FLOAT")],
+    ),
+    "TAGSaveTimePredictor": (
+        "Save Time Predictor", "TAG",
+        [("time_predictor", "TIME_PREDICTOR"), ("filename_prefix", "STRING", "time_predictor")], [],
+    ),
+    "TAGLoadTimePredictor": (
+        "Load Time Predictor", "TAG", [("name", "COMBO", TIME_PREDICTORS, None)],
+        [("time_predictor", "TIME_PREDICTOR")],
+    ),
+    "TemporalAlignmentGuidance": (
+        "Temporal Alignment Guidance (TAG)", "TAG",
+        [("model", "MODEL"), ("strength", "FLOAT", 1.0), ("mode", "COMBO", ["relative", "score", "shift"], "relative"),
+         ("start_percent", "FLOAT", 0.0), ("end_percent", "FLOAT", 1.0),
+         ("estimate", "COMBO", ["closed form", "published gradient"], "closed form"),
+         ("ask_at", "COMBO", ["sample's level", "step's level"], "sample's level"),
+         ("time_predictor", "TIME_PREDICTOR", OPTIONAL)],
+        [("model", "MODEL"), ("report", "TIME_GAP_REPORT")],
+    ),
+    "TAGTimeGap": (
+        "Time Gap (TAG)", "TAG", [("report", "TIME_GAP_REPORT"), ("latent", "LATENT")],
+        [("time_gap", "FLOAT"), ("curve", "IMAGE"), ("summary", "STRING")],
+    ),
     "ArtifactGuardDemoModel": ("Load Demo Model", "Demo", [], [("model", "MODEL"), ("vae", "VAE")]),
     "ArtifactGuardDemoCondition": (
         "Demo Class", "Demo", [("label", "COMBO", CLOTHES, "t-shirt")],
@@ -172,8 +201,9 @@ def test_defaults_lie_in_their_ranges(node):
 def test_flags():
     """Two guards never share a cached report, and the report node runs without anything behind it."""
     assert BY_ID["ASCEDGuard"].GET_SCHEMA().not_idempotent
+    assert BY_ID["TemporalAlignmentGuidance"].GET_SCHEMA().not_idempotent
     outputs = {name for name, node in BY_ID.items() if node.GET_SCHEMA().is_output_node}
-    assert outputs == {"ASCEDReport", "FAMSaveFlawHighlighter"}
+    assert outputs == {"ASCEDReport", "TAGSaveTimePredictor", "TAGTimeGap", "FAMSaveFlawHighlighter"}
 
 
 def test_the_sampler_node_begins_like_cores():

@@ -1,0 +1,116 @@
+"""Temporal alignment guidance (arXiv 2510.11057): mathematics only, no ComfyUI.
+
+In the variance-preserving form u = alpha * x0 + sqrt(v) * eps, v = 1 - abar, D the model's clean estimate:
+    score                s = (alpha * D - u) / v
+    time-linked score    TLS(u, t) = grad_u log p(t | u)
+    guided score         s + omega_t * TLS, omega_t = omega * v                                          (Eq. 7)
+so that in terms of the clean estimate D' = D + omega_t * (v / alpha) * TLS.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from .levels import LOG_SNR_RANGE, alpha_and_variance
+from .posterior import Posterior, column, mean_square
+
+MODES = ("relative", "score", "shift")
+
+LARGEST_CORRECTION = 0.5
+"""No mode moves the clean estimate by more than this times the distance from it to the sample (RMS): whatever the
+direction, at least half of every denoising step remains."""
+
+MOST_NOISE = 1 / (1 + math.exp(LOG_SNR_RANGE[0]))
+"""v at the noisiest level."""
+
+Ask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Asks the model: u (B, ...) at levels (B,) log-SNR -> clean estimate (B, ...)."""
+
+
+def closed_form(u: torch.Tensor, denoised: torch.Tensor, level: torch.Tensor, posterior: Posterior) -> torch.Tensor:
+    """TLS(u, t_i) = sum_k gamma_k (grad log p_i - grad log p_k), Theorem 3.3, with one clean estimate for every level:
+    grad log p_k(u) = (alpha_k * D - u) / v_k. Needs no gradient and no further model call.
+
+    Args:
+        level: (B,) log-SNR of the step, t_i.
+    """
+    alpha, v = alpha_and_variance(level)
+    alphas, variances = alpha_and_variance(posterior.levels)
+    of_u = (posterior.gamma / variances).sum(dim=1) - 1 / v
+    of_denoised = alpha / v - (posterior.gamma * alphas / variances).sum(dim=1)
+    return column(of_u, u) * u + column(of_denoised, u) * denoised
+
+
+def published_gradient(u: torch.Tensor, level: torch.Tensor, judge: Callable, levels: torch.Tensor) -> torch.Tensor:
+    """TLS(u, t_i) as published: the gradient of the predictor's log-probability of the step's own class.
+
+    Args:
+        judge: u -> logits (B, K), with gradients. levels: (K,) log-SNR of the classes.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = u.detach().clone().requires_grad_(True)
+        nearest = (levels.to(u.device)[None] - level.to(levels.dtype)[:, None].clone()).abs().argmin(dim=1)
+        chosen = judge(leaf).log_softmax(dim=1).gather(1, nearest[:, None]).sum()
+        (gradient,) = torch.autograd.grad(chosen, leaf)
+    return gradient.nan_to_num()
+
+
+def surplus(posterior: Posterior, level: torch.Tensor) -> torch.Tensor:
+    """How much noise too much, (B,) >= 0: ln(v of the sample / v of the step), shrunk where it is within chance.
+
+    The factor gap^2 / (gap^2 + spread^2) is Wiener's: a gap as small as the posterior's own spread counts half. A
+    sample with too little noise counts as aligned.
+    """
+    mean, spread = posterior.log_variance()
+    gap = (mean - torch.log(alpha_and_variance(level)[1])).clamp_min(0.0)
+    return gap.pow(3) / (gap.square() + spread.square()).clamp_min(1e-12)
+
+
+def sample_level(posterior: Posterior | None, level: torch.Tensor, strength: float) -> torch.Tensor:
+    """The level (B,) at which to ask the model: the sample's own at strength 1 and above, the step's at 0."""
+    if posterior is None:
+        return level
+    v = alpha_and_variance(level)[1]
+    v = (v.log() + min(strength, 1.0) * surplus(posterior, level)).exp()
+    noisier = torch.logit(1 - v.clamp(max=MOST_NOISE)).clamp_min(LOG_SNR_RANGE[0])
+    return torch.minimum(level, noisier)
+
+
+def root_mean_square(x: torch.Tensor) -> torch.Tensor:
+    return mean_square(x).sqrt()
+
+
+def limited(correction: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """The correction, shrunk where its RMS exceeds `size` (B,); zero where it is not finite."""
+    correction = correction.nan_to_num(0.0, 0.0, 0.0)
+    return correction * column((size / root_mean_square(correction).clamp_min(1e-30)).clamp(max=1.0), correction)
+
+
+def relative_correction(tls: torch.Tensor, reach: torch.Tensor, strength: float, gap: torch.Tensor) -> torch.Tensor:
+    """A step along the TLS whose RMS is strength * (1 - sqrt(v / v of the sample)) times `reach`, at most half of `reach`.
+
+    Args:
+        reach: (B,) RMS(D - x) in the model's own form. gap: (B,) from `surplus`.
+    """
+    size = (strength * (1 - torch.exp(-0.5 * gap))).clamp(max=LARGEST_CORRECTION) * reach
+    tls = tls.nan_to_num(0.0, 0.0, 0.0)
+    return tls * column(size / root_mean_square(tls).clamp_min(1e-30), tls)
+
+
+def step_omega(omega: float, level: torch.Tensor) -> torch.Tensor:
+    """The published schedule, (B,): omega_t = omega * (1 - abar_t)."""
+    return omega * alpha_and_variance(level)[1]
+
+
+def score_correction(tls: torch.Tensor, reach: torch.Tensor, omega: float, level: torch.Tensor) -> torch.Tensor:
+    """What Eq. 7 adds to the clean estimate: omega_t * (v / alpha) * TLS, limited to half of `reach`."""
+    alpha, v = alpha_and_variance(level)
+    factor = step_omega(omega, level) * v / alpha.clamp_min(1e-6)
+    return limited(column(factor, tls) * tls, LARGEST_CORRECTION * reach)
+
+
+def shift(tls: torch.Tensor, omega: float, level: torch.Tensor) -> torch.Tensor:
+    """What Algorithm 1 adds to u: omega_t * TLS, limited to half of the noise."""
+    _, v = alpha_and_variance(level)
+    return limited(column(step_omega(omega, level), tls) * tls, LARGEST_CORRECTION * v.sqrt())

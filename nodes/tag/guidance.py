@@ -1,0 +1,121 @@
+"""TAG as one MODEL patch: measures at each model call how far the sample is from its step, and brings it back.
+
+The patch stands around the guider's whole prediction (classifier-free guidance and other patches included), so that it
+works with every sampler and guider. State is made when a run begins and dies with it.
+"""
+
+import functools
+
+import torch
+
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+from ..latents import FrameLayout, check_latent
+from .compatibility import check_predictor
+from .judge import Judge
+from .levels import Schedule
+from .posterior import EnergyEstimator, NetworkEstimator, column
+from .predictor import TimePredictor
+from .process import Process
+from .settings import TagSettings
+from .steering import Steering
+from .time_gap import RunRecord, TimeGapReport
+
+WRAPPER_KEY = "artifact_guard.tag"
+
+
+def guide_model(model, settings: TagSettings, predictor: TimePredictor | None = None):
+    """A clone of the model that is guided whenever it is sampled, and the report of its time gaps.
+
+    At strength 0 the run is only measured.
+
+    Raises:
+        ValueError: the predictor is for another kind of model.
+    """
+    if predictor is not None:
+        check_predictor(predictor, model)
+    report = TimeGapReport(settings, model.get_model_object("latent_format"))
+    patched = model.clone()
+    patch = GuidancePatch(settings, predictor, report)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, patch.outer_sample)
+    return patched, report
+
+
+class GuidancePatch:
+    """The wrapper of a guided model around a whole run."""
+
+    def __init__(self, settings: TagSettings, predictor: TimePredictor | None, report: TimeGapReport):
+        self.settings = settings
+        self.predictor = predictor
+        self.report = report
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+        guider = executor.class_obj
+        shapes = kwargs.get("latent_shapes") or [latent_image.shape]
+        layout = FrameLayout.of(shapes)
+        check_latent(latent_image, guider.model_patcher.model.latent_format, nested=len(shapes) > 1)
+        record = RunRecord(self.settings, layout)
+        arguments = (noise, latent_image, sampler, sigmas, denoise_mask, *args)
+        if layout is None:
+            record.refuse("the latent has no image part (no two spatial axes)")
+            output = executor(*arguments, **kwargs)
+        else:
+            run = GuidedRun(self.settings, self.predictor, record, guider, denoise_mask)
+            transformer_options = guider.model_options.setdefault("transformer_options", {})
+            wrapper = functools.partial(GuidedRun.predict_noise, run)
+            add_wrapper_with_key(WrappersMP.PREDICT_NOISE, WRAPPER_KEY, wrapper, transformer_options)
+            try:
+                output = executor(*arguments, **kwargs)
+            finally:
+                transformer_options["wrappers"][WrappersMP.PREDICT_NOISE][WRAPPER_KEY].remove(wrapper)
+        self.report.add(record, output)
+        return output
+
+
+class GuidedRun:
+    """Guidance in one run of a sampler."""
+
+    def __init__(self, settings: TagSettings, predictor: TimePredictor | None, record: RunRecord, guider, denoise_mask):
+        self.settings = settings
+        self.record = record
+        self.layout: FrameLayout = record.layout
+        model_sampling = guider.model_patcher.get_model_object("model_sampling")
+        device = guider.model_patcher.load_device
+        record.schedule = Schedule.of(model_sampling)
+        self.process = Process(model_sampling, record.schedule, device)
+        limits = (model_sampling.percent_to_sigma(p) for p in (settings.start_percent, settings.end_percent))
+        self.sigma_start, self.sigma_end = (float(limit) for limit in limits)
+        weight = None
+        if denoise_mask is not None:
+            weight = (denoise_mask.to(device) > 0).float()
+        if predictor is None:
+            self.steering = Steering(settings, EnergyEstimator(weight))
+        else:
+            judge = Judge(predictor, device, self.layout, guider)
+            self.steering = Steering(settings, NetworkEstimator(judge, judge.levels), judge.gradient)
+        # The parts of a nested latent share one sigma, and only the image part is measured: it stays the step's.
+        self.steering.may_ask_elsewhere = len(self.layout.shapes) == 1
+
+    def predict_noise(self, executor, x, timestep, model_options={}, seed=None):
+        """Wrapper around one prediction: same arguments, same kind of result, the clean estimate (B, ...)."""
+        sigma = timestep.reshape(-1).float().expand(len(x))
+        u, level = self.process.vp(x, sigma), self.process.level(sigma)
+
+        def ask(u_asked: torch.Tensor, level_asked: torch.Tensor) -> torch.Tensor:
+            if level_asked is level:
+                asked, scale = timestep, self.process.scale(sigma)
+            else:
+                asked = self.process.noisier(sigma, level_asked)
+                scale = self.process.scale(asked)
+                asked = asked.to(timestep.dtype)
+            moved = x if u_asked is u and asked is timestep else (u_asked * column(scale, u_asked)).to(x.dtype)
+            return executor(moved, asked, model_options, seed)
+
+        denoised, posterior = self.steering.estimate(ask, x, u, level, self._within(timestep))
+        self.record.add_step(level, posterior)
+        return denoised
+
+    def _within(self, timestep: torch.Tensor) -> bool:
+        if self.settings.start_percent == 0 and self.settings.end_percent == 1:
+            return True
+        return self.sigma_end <= float(timestep.max()) <= self.sigma_start

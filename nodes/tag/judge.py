@@ -1,0 +1,61 @@
+"""A trained predictor at work in one run: on the run's device, on all frames of a sample, with the run's conditions."""
+
+import copy
+
+import torch
+
+from ..latents import FrameLayout
+from .alignment import published_gradient
+from .posterior import column
+from .predictor import TimePredictor
+
+
+class Judge:
+    """u -> logits over the predictor's levels, for a sampler's tensor.
+
+    The frames of a video share their noise level: their logits are averaged. A conditional predictor is asked with the
+    run's positive conditions and the answers averaged; without any it answers for all conditions.
+    """
+
+    def __init__(self, predictor: TimePredictor, device: torch.device, layout: FrameLayout, guider):
+        with torch.inference_mode(False):
+            self.network = copy.deepcopy(predictor.network).to(device)
+            self.levels = predictor.levels.clone().to(device)
+            self.conditions = run_conditions(predictor, guider, device)
+        self.layout = layout
+
+    def __call__(self, u: torch.Tensor) -> torch.Tensor:
+        """(B, K) logits of u (B, ...)."""
+        answers = [self.logits(u, condition) for condition in self.conditions or [None]]
+        return torch.stack(answers).mean(dim=0)
+
+    def logits(self, u: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        """(B, K) under one condition (1, D) or None."""
+        per_frame = self.network(self.layout.frames(u), condition)
+        return per_frame.unflatten(0, (self.layout.batch, -1)).mean(dim=1)
+
+    def gradient(self, u: torch.Tensor, level: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
+        """The published TLS. With several conditions each one's shift, omega (B,) times its TLS, moves u in turn, and
+        the unconditional one's last; what comes back is the whole shift over omega.
+        """
+        order = list(self.conditions)
+        if len(order) != 1:
+            order.append(None)
+        with torch.inference_mode(False):
+            moved, level, omega = u.detach().clone(), level.detach().clone(), column(omega.detach().clone(), u)
+            for condition in order:
+                tls = published_gradient(moved, level, lambda v, c=condition: self.logits(v, c), self.levels)
+                moved = moved + omega * tls
+            return (moved - u) / omega
+
+
+def run_conditions(predictor: TimePredictor, guider, device: torch.device) -> list[torch.Tensor]:
+    """The means over tokens of a run's positive conditions, each (1, D); none for an unconditional predictor."""
+    if not predictor.condition_dim:
+        return []
+    conditions = []
+    for entry in guider.original_conds.get("positive") or []:
+        tokens = entry.get("cross_attn")
+        if tokens is not None and tokens.shape[-1] == predictor.condition_dim:
+            conditions.append(tokens.detach().clone().float().mean(dim=1)[:1].to(device))
+    return conditions

@@ -1,0 +1,83 @@
+"""The noise levels that a time posterior is over, in log-SNR, and the schedule they were read off.
+
+u is the sample in variance-preserving form, u = alpha * x0 + sqrt(v) * eps with alpha^2 + v = 1 (the paper's x_t,
+v = 1 - abar_t). A level is its log-SNR 2 ln(a / b), which every model family shares.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+LOG_SNR_RANGE = (-8.0, 10.0)
+"""Levels beyond are left out: v is then within 0.0004 of pure noise, or the noise under 0.7 % of the signal."""
+
+CLASSES = 256
+"""Levels of a grid. On Stable Diffusion's schedule they lie 0.049 apart, 2.5 % in the noise's size."""
+
+TIMES = 1000
+"""Times are in thousandths of the model's schedule, 0 clean and 1000 pure noise: for Stable Diffusion its timesteps."""
+
+
+POINTS = 201
+"""Times at which a schedule is read off; between them it is interpolated."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A model's noise over time, float64 on the CPU: `times` (POINTS,) rising from 0 to TIMES, the `sigmas` there, and
+    `log_snr`, which falls."""
+
+    times: torch.Tensor
+    sigmas: torch.Tensor
+    log_snr: torch.Tensor
+
+    @classmethod
+    def of(cls, model_sampling) -> "Schedule":
+        """Read off the model's own percent_to_sigma and noise_scaling.
+
+        Its ends stand for "pure noise" and "no noise" with some models: they are drawn in to sigma_max and sigma_min.
+        """
+        times = torch.linspace(0.0, TIMES, POINTS, dtype=torch.float64)
+        sigmas = [float(model_sampling.percent_to_sigma(1.0 - float(time) / TIMES)) for time in times]
+        low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
+        sigmas = torch.tensor(sigmas, dtype=torch.float64).clamp(low, high)
+        return cls(times, sigmas, log_snr(*coefficients(model_sampling, sigmas)))
+
+    def time(self, level: torch.Tensor | float) -> torch.Tensor:
+        """Times 0..TIMES of log-SNRs; the nearest end beyond the schedule."""
+        level = torch.as_tensor(level, dtype=torch.float64).cpu()
+        return interpolate(level, self.log_snr.flip(0), self.times.flip(0))
+
+    def level(self, time: torch.Tensor) -> torch.Tensor:
+        """log-SNRs of times."""
+        return interpolate(time.double().cpu(), self.times, self.log_snr)
+
+    def grid(self, classes: int = CLASSES) -> torch.Tensor:
+        """Levels (classes,) float32, evenly spaced in log-SNR over the schedule, from noise to clean."""
+        return torch.linspace(float(self.log_snr.min()), float(self.log_snr.max()), classes)
+
+
+def interpolate(at: torch.Tensor, known: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Values (N,) given at `known` (N,), which rise, read linearly at any points; the ends' values beyond them."""
+    after = torch.searchsorted(known, at.contiguous()).clamp(1, len(known) - 1)
+    low, high = known[after - 1], known[after]
+    part = ((at - low) / (high - low).clamp_min(1e-12)).clamp(0.0, 1.0)
+    return torch.lerp(values[after - 1], values[after], part)
+
+
+def coefficients(model_sampling, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """a and b (B,) of x = a * x0 + b * eps at sigmas (B,), in their dtype, read off the model itself."""
+    zero, one = torch.zeros_like(sigma)[:, None], torch.ones_like(sigma)[:, None]
+    a = model_sampling.noise_scaling(sigma, zero.clone(), one.clone())
+    b = model_sampling.noise_scaling(sigma, one.clone(), zero.clone())
+    return a[:, 0], b[:, 0]
+
+
+def log_snr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """2 ln(a / b), kept within LOG_SNR_RANGE."""
+    return (2.0 * (a.clamp_min(1e-12).log() - b.clamp_min(1e-12).log())).clamp(*LOG_SNR_RANGE)
+
+
+def alpha_and_variance(level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha = sqrt(abar) and v = 1 - abar of log-SNRs: abar = sigmoid(log-SNR)."""
+    return torch.sigmoid(level).sqrt(), torch.sigmoid(-level)

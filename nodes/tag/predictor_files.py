@@ -1,0 +1,100 @@
+"""Time predictors as files under models/time_predictors: tensors and words, never code."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from ..model_files import file_names, load_model_file, register_folder, save_model_file
+from .predictor import ModelKind, TimePredictor, TrainingState, build_network
+
+FOLDER = "time_predictors"
+KIND = "time predictor"
+SHIPPED = Path(__file__).with_name("predictors")
+"""Predictors that come with the pack; listed beside the user's own."""
+
+VERSION = 1
+
+PARTS = ("network", "weights", "first", "second")
+"""Prefixes of the tensors: the averaged weights, and what going on with training needs (TrainingState's names)."""
+
+register_folder(FOLDER, str(SHIPPED))
+
+
+def predictor_names() -> list[str]:
+    """Files that Load Time Predictor offers."""
+    return file_names(FOLDER)
+
+
+def check_name(name: str, input_name: str) -> None:
+    """Raise ValueError for a drive letter, a path from the root, a step out by "..", or control characters."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if not parts or parts[0] == "/" or ".." in parts or ":" in name or re.search(r"[\x00-\x1f]", name):
+        raise ValueError(
+            f"{input_name} is {name!r}, which is no name inside models/{FOLDER}. Give a plain name, with folders in it "
+            f"if you like (sd15/portraits): no drive letter, no leading slash, no '..'."
+        )
+
+
+def save_predictor(predictor: TimePredictor, filename_prefix: str) -> Path:
+    """Write to models/time_predictors under a new number; nothing that is there is touched. Gives the file's path."""
+    check_name(filename_prefix, "filename_prefix")
+    return Path(save_model_file(FOLDER, filename_prefix, KIND, *state_of(predictor)))
+
+
+def load_predictor(name: str) -> TimePredictor:
+    """The predictor of this name under models/time_predictors, or of those that come with the pack.
+
+    Raises:
+        ValueError: no such file, or one that is no whole time predictor.
+    """
+    check_name(name, "name")
+    tensors, about = load_model_file(FOLDER, name, KIND)
+    if about.get("version") != VERSION:
+        raise ValueError(f"{name} is of version {about.get('version')}, this pack reads {VERSION}. Update the pack.")
+    try:
+        return from_state(tensors, about)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{name} is not a whole time predictor: {error}. Train and save a new one.") from error
+
+
+def state_of(predictor: TimePredictor, dtype: torch.dtype = torch.float32) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, settings) of a file. In another dtype than fp32 without what going on with training needs."""
+    state = {"network": predictor.network.state_dict()}
+    if predictor.training is not None and dtype == torch.float32:
+        state |= {part: getattr(predictor.training, part) for part in PARTS[1:]}
+    tensors = {f"{part}.{name}": weight for part, weights in state.items() for name, weight in weights.items()}
+    about = {"version": VERSION, "classes": len(predictor.levels), "condition_dim": predictor.condition_dim}
+    about |= {"levels": [float(predictor.levels[0]), float(predictor.levels[-1])], "size": list(predictor.size)}
+    about |= {"steps": predictor.steps, "model": asdict(predictor.kind)}
+    return {name: weight.detach().to(dtype) for name, weight in tensors.items()}, about
+
+
+def from_state(tensors: dict[str, torch.Tensor], about: dict) -> TimePredictor:
+    """A predictor from a file's tensors and settings.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are not those of a whole time predictor.
+    """
+    parts = {part: {} for part in PARTS}
+    for name, weight in tensors.items():
+        part, _, rest = name.partition(".")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name} holds NaN or infinite values")
+        parts[part][rest] = weight
+    told = about["model"]
+    schedule = tuple(float(value) for value in told["schedule"])
+    kind = ModelKind(str(told["latent_format"]), int(told["channels"]), str(told["prediction_type"]), schedule)
+    shape = (kind.channels, int(about["classes"]), int(about["condition_dim"]))
+    low, high = map(float, about["levels"])
+    with torch.inference_mode(False):
+        network = build_network(parts["network"], *shape)
+        training = None
+        if parts["weights"]:
+            states = ({k: v.float().clone() for k, v in parts[part].items()} for part in PARTS[1:])
+            training = TrainingState(*states)
+            for part in PARTS[1:]:
+                build_network(parts[part], *shape)
+        levels = torch.linspace(low, high, shape[1])
+    return TimePredictor(network, levels, kind, int(about["steps"]), tuple(map(int, about["size"])), training)

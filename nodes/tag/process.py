@@ -1,0 +1,40 @@
+"""A model's own form of a sample, x = a * x0 + b * eps, and the variance-preserving one, u; and sigmas of levels."""
+
+import torch
+
+from .levels import Schedule, coefficients, interpolate, log_snr
+from .posterior import column
+
+
+class Process:
+    """The forward process of one model, on the sampler's device.
+
+    Everything is read off the model's noise_scaling and percent_to_sigma, so that it holds for EPS, V, EDM and flow.
+    """
+
+    def __init__(self, model_sampling, schedule: Schedule, device: torch.device):
+        self.model_sampling = model_sampling
+        self.sigmas = schedule.sigmas.flip(0).float().to(device)
+        self.levels = schedule.log_snr.flip(0).float().to(device)
+
+    def level(self, sigma: torch.Tensor) -> torch.Tensor:
+        """log-SNR (B,) at sigmas (B,)."""
+        return log_snr(*coefficients(self.model_sampling, sigma))
+
+    def scale(self, sigma: torch.Tensor) -> torch.Tensor:
+        """sqrt(a^2 + b^2), (B,): x = scale * u."""
+        a, b = coefficients(self.model_sampling, sigma)
+        return (a.square() + b.square()).sqrt()
+
+    def vp(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """u = x / sqrt(a^2 + b^2), float32."""
+        return x.float() / column(self.scale(sigma), x.float())
+
+    def noisier(self, sigma: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """The sigmas (B,) of levels at or above the noise of sigma; sigma itself, bit for bit, where nothing is above.
+
+        The table's sigma is taken relative to its own value at the step, so that its grain leaves no trace there.
+        """
+        known = self.levels, self.sigmas.log()
+        ratio = torch.exp(interpolate(level, *known) - interpolate(self.level(sigma), *known)).clamp_min(1.0)
+        return torch.where(ratio > 1.0, torch.minimum(sigma * ratio, self.sigmas[0].clamp_min(sigma.max())), sigma)

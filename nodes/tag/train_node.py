@@ -1,0 +1,167 @@
+"""The training node: checks what came, trains with progress on the page, keeps what was learned when cancelled."""
+
+import logging
+
+import numpy as np
+import torch
+from PIL import Image
+
+from comfy_api.latest import io
+
+import comfy.model_management
+import comfy.utils
+
+from ..latents import check_latent
+from ..plots import Panel, draw_chart
+from ..run_reports import image_part
+from .compatibility import check_predictor, kind_of
+from .levels import Schedule
+from .predictor import TimePredictor
+from .training import Trainer, TrainingData, TrainingSettings, held_out_time_gap, new_predictor
+
+TimePredictorType = io.Custom("TIME_PREDICTOR")
+
+PREVIEW_EVERY = 50
+CURVE_POINTS = 200
+
+
+def training_data(model, latents: dict, conditioning: list | None) -> TrainingData:
+    """What the node was given as training data, in the model's own latent space.
+
+    Raises:
+        ValueError: too few latents, NaN in them, latents of another model, or conditions that do not fit them.
+    """
+    layout, samples = image_part(latents)
+    if layout is None or len(samples) == 0:
+        raise ValueError("latents: an empty batch, or one without an image part, came. Clean latents of images are wanted.")
+    latent_format = model.get_model_object("latent_format")
+    check_latent(samples, latent_format, nested=False)
+    frames = layout.frames(model.model.process_latent_in(samples.float().cpu())).clone()
+    if len(frames) < 2:
+        raise ValueError(
+            "latents: a single one came. At least two are wanted, one of which is held out; hundreds make a predictor "
+            "good. Batch them (Rebatch Latents, VAE Encode of an image batch), or sample many with the model."
+        )
+    if conditioning is None:
+        return TrainingData(frames)
+    means = torch.cat([tokens.detach().float().cpu().mean(dim=1) for tokens, _ in conditioning])
+    if len(means) == layout.batch:
+        means = means.repeat_interleave(layout.frames_per_sample, dim=0)
+    if len(means) not in (1, len(frames)):
+        raise ValueError(
+            f"conditioning: {len(means)} conditions came for {layout.batch} latents. Give one for all of them, or one "
+            f"each, in the same order (Conditioning Combine puts them together)."
+        )
+    return TrainingData(frames, means.expand(len(frames), -1).clone())
+
+
+def loss_curve(losses: list[float], title: str) -> torch.Tensor:
+    """The loss over the steps, each point the mean of its share of them, as an IMAGE (1, H, W, 3)."""
+    if not losses:
+        return draw_chart([Panel(title, {}, [], "no steps to show")])
+    parts = np.array_split(np.asarray(losses), min(CURVE_POINTS, len(losses)))
+    ends = np.cumsum([len(part) for part in parts])
+    chart = Panel(title, {"cross-entropy, nats": [float(part.mean()) for part in parts]}, [str(end) for end in ends], "step")
+    return draw_chart([chart])
+
+
+def preview(losses: list[float], title: str) -> tuple:
+    """The loss curve in the form in which ComfyUI shows previews."""
+    pixels = (loss_curve(losses, title)[0].numpy() * 255).astype(np.uint8)
+    return ("JPEG", Image.fromarray(pixels), 768)
+
+
+def train_steps(trainer: Trainer, steps: int) -> tuple[list[float], bool]:
+    """Train with a bar and a live curve on the page; (losses, whether the user cancelled).
+
+    Raises:
+        InterruptProcessingException: cancelled before anything was learned.
+    """
+    bar, losses = comfy.utils.ProgressBar(steps), []
+    try:
+        for step in range(1, steps + 1):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            losses.append(trainer.step())
+            shown = preview(losses, f"Step {step} of {steps}") if step % PREVIEW_EVERY == 0 else None
+            bar.update_absolute(step, steps, shown)
+    except comfy.model_management.InterruptProcessingException:
+        if not losses:
+            raise
+        return losses, True
+    return losses, False
+
+
+class TAGTrainTimePredictor(io.ComfyNode):
+    """Trains a time predictor for a model on clean latents."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TAGTrainTimePredictor",
+            display_name="Train Time Predictor (TAG)",
+            category="Artifact Guard/TAG",
+            description="Trains a small network to see how noisy a latent is. Cancelling keeps what was learned.",
+            search_aliases=["tag training", "train tag", "time predictor training", "temporal alignment training"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the predictor is for; it gives the latent format and noise "
+                               "schedule and is not run."),
+                io.Latent.Input("latents", tooltip="Clean latents like those the model makes: encoded images or samples. "
+                                "Hundreds or more; a tenth is held out."),
+                io.Int.Input("steps", default=3000, min=1, max=1000000, tooltip="Training steps. More is better, slowly."),
+                io.Int.Input("batch_size", default=128, min=1, max=4096, tooltip="Noised latents a step. Higher learns "
+                             "more steadily and takes longer and more memory."),
+                io.Float.Input("learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-7, round=False, tooltip="Adam's "
+                               "step size. 1e-3 learns faster; too high never settles."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                             tooltip="The same seed gives the same predictor."),
+                io.Conditioning.Input("conditioning", optional=True, tooltip="For a conditional predictor: one condition "
+                                      "for each latent, or one for all."),
+                TimePredictorType.Input("time_predictor", optional=True, tooltip="Go on training this one, exactly where "
+                                        "it stopped. It stays as it is; a further trained one comes out."),
+            ],
+            outputs=[
+                TimePredictorType.Output("time_predictor", display_name="time_predictor", tooltip="The trained predictor."),
+                io.Image.Output("loss_curve", display_name="loss_curve", tooltip="The loss over the steps."),
+                io.Float.Output("time_gap", display_name="time_gap", tooltip="Mean error on held-out latents, in "
+                                "thousandths of the model's schedule; lower is better."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, latents, steps, batch_size, learning_rate, seed, conditioning=None, time_predictor=None
+    ) -> io.NodeOutput:
+        settings = TrainingSettings(steps, batch_size, learning_rate, seed)
+        with torch.inference_mode(False), torch.enable_grad():
+            data = training_data(model, latents, conditioning)
+            predictor = starting_point(model, data, seed, time_predictor)
+            kept, held = data.split(seed)
+            trainer = Trainer(predictor, kept, settings, comfy.model_management.get_torch_device())
+            losses, cancelled = train_steps(trainer, steps)
+            result = trainer.result()
+            schedule = Schedule.of(model.get_model_object("model_sampling"))
+            gap = held_out_time_gap(result.network, result.levels, held, schedule)
+        title = f"{len(losses)} steps, {result.steps} in all; held-out time gap {gap:.1f}"
+        if cancelled:
+            title = f"Cancelled after {len(losses)} of {steps} steps; what was learned is kept. Time gap {gap:.1f}"
+        logging.info("Time predictor: %s", title)
+        return io.NodeOutput(result, loss_curve(losses, title), gap)
+
+
+def starting_point(model, data: TrainingData, seed: int, given: TimePredictor | None) -> TimePredictor:
+    """The predictor to go on with, or a new one for this model and these data.
+
+    Raises:
+        ValueError: the given one is for another kind of model or condition.
+    """
+    dim = 0 if data.conditions is None else data.conditions.shape[1]
+    if given is None:
+        schedule = Schedule.of(model.get_model_object("model_sampling"))
+        return new_predictor(kind_of(model), schedule, tuple(data.frames.shape[-2:]), dim, seed)
+    check_predictor(given, model)
+    if given.condition_dim != dim:
+        raise ValueError(
+            f"conditioning: the predictor to go on with takes conditions of width {given.condition_dim} (0: none), and "
+            f"width {dim} came. Connect the kind of conditioning it was trained with, or train a new one."
+        )
+    return given

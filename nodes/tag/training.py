@@ -1,0 +1,159 @@
+"""Training of a time predictor: cross-entropy of the true noise level of samples that the forward process made.
+
+Every step draws its batch, levels and noise from a generator seeded by (seed, step), so that a run that was stopped and
+gone on with is the same run, bit for bit.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .levels import CLASSES, Schedule, alpha_and_variance
+from .predictor import ModelKind, TimePredictor, TrainingState, build_network, initial_weights
+
+EMA_DECAY = 0.999
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+CONDITION_DROPOUT = 0.1
+"""Share of the samples that a conditional predictor sees without their condition: it then answers p(t | u) too."""
+
+HELD_OUT = 0.1
+HELD_OUT_DRAWS = 512
+JUDGED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Clean frames in the model's own latent space, and what belongs to each.
+
+    frames: (N, C, H, W) float32. conditions: (N, D), the mean of each frame's condition over its tokens, or None.
+    """
+
+    frames: torch.Tensor
+    conditions: torch.Tensor | None = None
+
+    def split(self, seed: int) -> tuple["TrainingData", "TrainingData"]:
+        """(to train on, held out): a tenth is held out, at least one frame."""
+        order = torch.randperm(len(self.frames), generator=torch.Generator().manual_seed(seed % 2**63))
+        held = max(1, round(HELD_OUT * len(order)))
+        return self.take(order[held:]), self.take(order[:held])
+
+    def take(self, rows: torch.Tensor) -> "TrainingData":
+        return TrainingData(self.frames[rows], None if self.conditions is None else self.conditions[rows])
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    steps: int = 3000
+    batch_size: int = 128
+    learning_rate: float = 1e-4
+    seed: int = 0
+
+
+def new_predictor(kind: ModelKind, schedule: Schedule, size: tuple[int, int], condition_dim: int, seed: int) -> TimePredictor:
+    """An untrained predictor for this kind of model."""
+    weights = initial_weights(kind.channels, CLASSES, condition_dim, seed)
+    network = build_network(weights, kind.channels, CLASSES, condition_dim)
+    return TimePredictor(network, schedule.grid(), kind, 0, size)
+
+
+class Trainer:
+    """One run of training, step by step; `result` may be asked for at any time.
+
+    To be made and used with inference mode off. Adam with the given learning rate; the weights that are used are an
+    exponential moving average (decay 0.999, faster in the first steps).
+
+    Args:
+        predictor: to begin with; it is not changed.
+        device: where to train.
+    """
+
+    def __init__(self, predictor: TimePredictor, data: TrainingData, settings: TrainingSettings, device: torch.device):
+        self.start, self.data, self.settings, self.device = predictor, data, settings, device
+        self.steps = predictor.steps
+        average = predictor.network.state_dict()
+        state = predictor.training
+        shape = (predictor.kind.channels, len(predictor.levels), predictor.condition_dim)
+        self.network = build_network(state.weights if state else average, *shape).to(device).train().requires_grad_(True)
+        self.average = {name: weight.detach().clone().to(device) for name, weight in average.items()}
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=settings.learning_rate, betas=BETAS, eps=EPSILON, foreach=False
+        )
+        if state:
+            for name, parameter in self.network.named_parameters():
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(predictor.steps)),
+                    "exp_avg": state.first[name].clone().to(device),
+                    "exp_avg_sq": state.second[name].clone().to(device),
+                }
+
+    def step(self) -> float:
+        """One step; gives its loss (nats: the logarithm of the number of classes is chance)."""
+        random = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + self.steps) % 2**63)
+        chosen = torch.randint(len(self.data.frames), (self.settings.batch_size,), generator=random)
+        batch = self.data.take(chosen)
+        u, labels = noised(batch.frames, self.start.levels, random)
+        condition = batch.conditions
+        if condition is not None:
+            kept = torch.rand(len(condition), 1, generator=random) >= CONDITION_DROPOUT
+            condition = (condition * kept).to(self.device)
+        loss = F.cross_entropy(self.network(u.to(self.device), condition), labels.to(self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.steps += 1
+        decay = min(EMA_DECAY, self.steps / (10 + self.steps))
+        with torch.no_grad():
+            for name, weight in self.network.state_dict().items():
+                self.average[name].lerp_(weight, 1 - decay)
+        return loss.item()
+
+    def result(self) -> TimePredictor:
+        """The predictor as it is now, with all that going on with it needs, on the CPU."""
+        start = self.start
+        network = build_network(
+            {k: v.cpu() for k, v in self.average.items()}, start.kind.channels, len(start.levels), start.condition_dim
+        )
+        moments = {name: self.optimizer.state.get(p, {}) for name, p in self.network.named_parameters()}
+        training = None
+        if all(moments.values()):
+            training = TrainingState(
+                {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()},
+                {name: m["exp_avg"].cpu().clone() for name, m in moments.items()},
+                {name: m["exp_avg_sq"].cpu().clone() for name, m in moments.items()},
+            )
+        return TimePredictor(network, start.levels, start.kind, self.steps, tuple(self.data.frames.shape[-2:]), training)
+
+
+def noised(frames: torch.Tensor, levels: torch.Tensor, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """u (B, C, H, W) of clean frames at levels drawn evenly over the grid's range, and each one's nearest class (B,)."""
+    position = torch.rand(len(frames), generator=random) * (len(levels) - 1)
+    level = levels[0] + (levels[-1] - levels[0]) * position / (len(levels) - 1)
+    alpha, variance = (value.reshape(-1, 1, 1, 1) for value in alpha_and_variance(level))
+    u = alpha * frames + variance.sqrt() * torch.randn(frames.shape, generator=random)
+    return u, position.round().long()
+
+
+def held_out_time_gap(
+    judge: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor], levels: torch.Tensor, data: TrainingData,
+    schedule: Schedule, seed: int = 0, draws: int = HELD_OUT_DRAWS, latest: float = 1000.0,
+) -> float:
+    """Mean |time of the likeliest class - true time| over noised held-out frames, in thousandths of the schedule.
+
+    Args:
+        judge: u (B, C, H, W), conditions (B, D) or None -> logits (B, classes).
+        latest: only draws up to this time count.
+    """
+    random = torch.Generator().manual_seed(seed % 2**63)
+    times = latest * torch.rand(draws, generator=random, dtype=torch.float64)
+    level = schedule.level(times).float()
+    batch = data.take(torch.randint(len(data.frames), (draws,), generator=random))
+    alpha, variance = (value.reshape(-1, 1, 1, 1) for value in alpha_and_variance(level))
+    u = alpha * batch.frames + variance.sqrt() * torch.randn(batch.frames.shape, generator=random)
+    with torch.no_grad():
+        guesses = []
+        for rows in torch.arange(draws).split(JUDGED_AT_ONCE):
+            condition = None if batch.conditions is None else batch.conditions[rows]
+            guesses.append(judge(u[rows], condition).argmax(dim=1).cpu())
+    return (schedule.time(levels[torch.cat(guesses)]) - times).abs().mean().item()

@@ -1,0 +1,91 @@
+"""Q3, first part: cosine and length of each estimate of the time-linked score against the exact one.
+
+The exact denoiser of Fashion-MNIST knows p(t | u) and its gradient. Noise of size s is added after a step of 20, as a
+run would meet it, and every estimate is asked at the sample that results: means over 32 samples.
+"""
+
+import torch
+
+from ..exact.denoiser import ExactDenoiser
+from ..exact.time_posterior import log_time_posterior, time_linked_score
+from .exact_runs import data_sets
+
+TIMES = (50, 100, 250, 400, 500, 700)
+NOISES = (0.0, 0.1, 0.2, 0.3)
+SAMPLES = 32
+BEFORE = 12
+"""Classes of the grid between the step and the one before it: a twentieth of Stable Diffusion's schedule."""
+
+
+class Case:
+    """Samples at class `index` of the grid `levels`, after a step from the class BEFORE it and with noise s added."""
+
+    def __init__(self, tag, denoiser, images, levels, index: int, noise: float, seed: int = 0):
+        self.tag, self.denoiser, self.levels, self.index = tag, denoiser, levels, index
+        random = torch.Generator().manual_seed(seed)
+        clean = images[torch.randperm(len(images), generator=random)[:SAMPLES]]
+        earlier = max(0, index - BEFORE)
+        (alpha, v), (alpha_now, v_now) = (tag.levels.alpha_and_variance(levels[i]) for i in (earlier, index))
+        self.u_before = alpha * clean + v.sqrt() * torch.randn(clean.shape, generator=random)
+        self.before = self.denoised(self.u_before, earlier)
+        self.u = alpha_now * self.before + (v_now / v).sqrt() * (self.u_before - alpha * self.before)
+        self.u = self.u + noise * torch.randn(clean.shape, generator=random)
+        self.level, self.level_before = (levels[i].expand(SAMPLES) for i in (index, earlier))
+        self.estimate = self.denoised(self.u, index)
+
+    def denoised(self, u, index):
+        alpha, v = self.tag.levels.alpha_and_variance(self.levels[index].double())
+        return self.denoiser.denoise(u, alpha, v.sqrt()).float()
+
+    def scores(self, predictor) -> dict[str, torch.Tensor]:
+        """Name -> time-linked score, (SAMPLES, C, H, W)."""
+        closed_form, posterior = self.tag.alignment.closed_form, self.tag.posterior
+        sigmas = torch.exp(-0.5 * self.levels.double())
+        gamma = log_time_posterior(self.denoiser, self.u, sigmas).exp().float()
+        exact = posterior.Posterior(self.levels.expand(SAMPLES, -1), gamma)
+        one_call, in_run = posterior.EnergyEstimator(), posterior.EnergyEstimator()
+        in_run.after(self.u_before, self.level_before, self.before)
+        in_run.keep(self.before)
+        network = posterior.NetworkEstimator(predictor.network, predictor.levels)
+        posteriors = {
+            "closed form, exact posterior": exact,
+            "closed form, training-free (default)": in_run.after(self.u, self.level, self.estimate),
+            "closed form, training-free, this step alone": one_call.after(self.u, self.level, self.estimate),
+            "closed form, predictor": network.before(self.u, self.level),
+        }
+        scores = {name: closed_form(self.u, self.estimate, self.level, p) for name, p in posteriors.items()}
+        scores["published gradient, predictor"] = self.tag.alignment.published_gradient(
+            self.u, self.level, predictor.network, predictor.levels
+        )
+        return scores
+
+    def exact(self) -> torch.Tensor:
+        sigmas = torch.exp(-0.5 * self.levels.double())
+        return time_linked_score(self.denoiser, self.u, sigmas, self.index)
+
+
+def against(score: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+    """Median cosine and length ratio over samples."""
+    one, other = score.flatten(1).double(), truth.flatten(1).double()
+    cosine = torch.cosine_similarity(one, other)
+    return {"cosine": round(cosine.median().item(), 3),
+            "length": round((one.norm(dim=1) / other.norm(dim=1)).median().item(), 3)}
+
+
+def run(pack, output, data) -> dict:
+    from artifact_guard.nodes.tag import alignment, levels, posterior, predictor_files  # noqa: F401
+
+    tag = pack.nodes.tag
+    predictor = predictor_files.load_predictor("demo_fashion_mnist.safetensors")
+    schedule = levels.Schedule.of(pack.nodes.demo.model.load_demo_model()[0].get_model_object("model_sampling"))
+    images = data_sets(data, 2400)["fashion-mnist"]
+    denoiser = ExactDenoiser(images, 0.05)
+    figures = {}
+    for time in TIMES:
+        index = int((predictor.levels - schedule.level(torch.tensor([float(time)])).float()).abs().argmin())
+        for noise in NOISES:
+            case = Case(tag, denoiser, images, predictor.levels, index, noise)
+            truth = case.exact()
+            for name, score in case.scores(predictor).items():
+                figures.setdefault(name, {})[f"t {time}, s {noise}"] = against(score, truth)
+    return figures

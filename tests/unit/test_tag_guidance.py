@@ -1,0 +1,246 @@
+"""Guidance as a MODEL patch: what it promises under ComfyUI's own sampling."""
+
+import copy
+import json
+
+import comfy.samplers
+import pytest
+import torch
+from artifact_guard.nodes.asced.guard import guard_model
+from artifact_guard.nodes.asced.options import GuardSettings
+from artifact_guard.nodes.demo.model import class_token, load_demo_model
+from artifact_guard.nodes.latents import FrameLayout
+from artifact_guard.nodes.tag.guidance import WRAPPER_KEY
+from artifact_guard.nodes.tag.judge import Judge
+from artifact_guard.nodes.tag.predictor_files import load_predictor
+from artifact_guard.nodes.tag.schema import TAGTimeGap
+from comfy.patcher_extension import WrappersMP
+
+from tests.exact.model import exact_model
+from tests.unit.tag_support import KINDS, SIZE, fresh_predictor, guide, images, model, run, trainer
+
+MODES = ("relative", "score", "shift")
+SAMPLERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "lcm", "dpm_adaptive", "ddim")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_predictor", [False, True])
+def test_strength_0_measures_and_changes_no_bit(kind, with_predictor):
+    bare = model(kind)
+    guided, report = guide(bare, fresh_predictor(bare) if with_predictor else None, strength=0.0)
+    assert torch.equal(run(guided), run(bare))
+    (record,) = report.runs
+    assert record.times.shape == (8, 2) and record.summary()["status"] == "measured only"
+    assert record.times.diff(dim=0).max() < 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_aligned_runs_stay_and_noisy_runs_do_not(kind):
+    """relative on the exact denoiser, no predictor: an ordinary run hardly moves, one with noise at each step does."""
+    bare = model(kind)
+    guided, report = guide(bare)
+    apart = (run(guided) - run(bare)).abs().mean().item()
+    moved = (run(guided, noise=0.3) - run(bare, noise=0.3)).abs().mean().item()
+    assert apart < 0.02 and moved > 5 * apart
+    calm, rough = (record.time_gap() for record in report.runs)
+    assert rough > 3 * calm
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_noisy_runs_of_a_trained_network_come_back(trained):
+    """The demo model with noise at each step. The outermost pixels of its images are always black, so that what is
+    there in a result is what was left of the noise."""
+    bare, _ = load_demo_model()
+    predictor = load_predictor("demo_fashion_mnist.safetensors") if trained else None
+    guided, _ = guide(bare, predictor)
+    token = [[class_token(3), {}]]
+    options = {"shape": (4, 3, 32, 32), "noise": 0.2, "steps": 10, "positive": token, "negative": token}
+
+    def left(output):
+        return (output[..., :2, :] + 1).square().mean().sqrt().item()
+
+    noisy, helped = left(run(bare, **options)), left(run(guided, **options))
+    assert noisy > 0.1 and helped < 0.75 * noisy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("strength", [1.0, 200.0])
+def test_bounded_with_a_useless_predictor(kind, mode, strength):
+    """An untrained predictor, the published gradient and the closed form, at the slider's end: finite and not huge."""
+    bare = model(kind)
+    for estimate in ("closed form", "published gradient"):
+        guided, _ = guide(bare, fresh_predictor(bare), mode=mode, strength=strength, estimate=estimate)
+        output = run(guided)
+        assert output.isfinite().all() and output.abs().max() < 30
+    guided, _ = guide(bare, mode=mode, strength=strength)
+    assert run(guided, noise=0.3).isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_runs_and_an_aligned_run_is_left_alone(sampler):
+    bare = model("eps")
+    guided, report = guide(bare)
+    plain, output = run(bare, sampler), run(guided, sampler)
+    assert output.isfinite().all() and report.runs[0].times.numel()
+    if sampler != "lcm":  # draws all its noise anew at each step: a rounding error chooses between the twelve images
+        assert (output - plain).abs().mean() < 0.12
+
+
+@pytest.mark.parametrize("mode, estimate, per_step", [
+    ("relative", "closed form", 1), ("score", "closed form", 1), ("shift", "closed form", 2),
+    ("shift", "published gradient", 1), ("score", "published gradient", 1),
+])
+def test_model_calls(mode, estimate, per_step):
+    """No further model call, but for shift in closed form."""
+    bare = model("eps")
+    guided, _ = guide(bare, fresh_predictor(bare), mode=mode, estimate=estimate)
+    bare.model.forget_calls()
+    run(guided)
+    assert bare.model.calls == 8 * per_step
+
+
+def test_outside_the_percentages_nothing_is_guided():
+    bare = model("eps")
+    guided, report = guide(bare, start_percent=0.999, end_percent=1.0)
+    assert torch.equal(run(guided, noise=0.3), run(bare, noise=0.3))
+    assert report.runs[0].times.shape == (8, 2)
+    whole, _ = guide(bare, end_percent=0.9)
+    assert not torch.equal(run(whole, noise=0.3), run(bare, noise=0.3))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 16, 16), (1, 3, 17, 23), (3, 1, 16, 16), (1, 16, 9, 16)])
+def test_shapes(shape):
+    """Video, odd sizes, one and sixteen channels; predictors too."""
+    frames = torch.rand(6, *shape[1:], generator=torch.Generator().manual_seed(0)) * 2 - 1
+    bare = exact_model(frames, "flow")
+    for predictor in (None, fresh_predictor(bare)):
+        guided, report = guide(bare, predictor)
+        assert run(guided, shape=shape, noise=0.2).shape == shape and report.runs[0].times.shape == (8, shape[0])
+
+
+def test_samples_of_a_batch_are_judged_each_by_itself():
+    """One sample is disturbed: the other's result is that of an undisturbed run."""
+    bare = model("eps")
+    guided, _ = guide(bare)
+
+    def disturbing(rows):
+        def sample(model_k, x, sigmas, extra_args=None, callback=None, disable=None):
+            for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+                denoised = model_k(x, sigma * x.new_ones(len(x)), **extra_args)
+                x = denoised + (after / sigma) * (x - denoised)
+                if i == 4:
+                    x[rows] += 2.0 * torch.randn(x[rows].shape, generator=torch.Generator().manual_seed(5))
+            return x
+        return comfy.samplers.KSAMPLER(sample)
+
+    outputs = [run(guided, disturbing(rows)) for rows in ([], [1])]
+    assert torch.allclose(outputs[0][0], outputs[1][0], atol=1e-5)
+    assert not torch.allclose(outputs[0][1], outputs[1][1], atol=1e-2)
+
+
+def test_inpainting_measures_only_where_it_paints():
+    """Outside the mask the sample is the given picture, noised: no gap comes from there."""
+    bare, mask = model("eps"), torch.zeros(2, 1, SIZE, SIZE)
+    mask[..., 4:12, 4:12] = 1.0
+    guided, report = guide(bare, strength=0.0)
+    given = images()[:2].flip(-1) * 2.0
+    assert torch.equal(
+        run(guided, latent=given, noise_mask=mask), run(bare, latent=given, noise_mask=mask))
+    assert report.runs[0].time_gap() < 120
+
+
+def test_stacks_with_guard_and_with_other_patches_and_cfg():
+    bare = model("eps", labels=torch.arange(12) % 2)
+    guarded, _ = guard_model(bare, GuardSettings(mode="detect only"))
+    both, _ = guide(guarded)
+    alone, _ = guide(bare)
+    assert torch.equal(run(both, noise=0.2, cfg=2.0), run(alone, noise=0.2, cfg=2.0))
+    twice, _ = guide(alone)
+    assert run(twice, noise=0.2, cfg=2.0).isfinite().all()
+    patched = bare.clone()
+    patched.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 0.5)
+    halved, report = guide(patched, strength=0.0)
+    assert torch.equal(run(halved), run(patched))
+
+
+def test_the_model_given_and_the_options_stay_as_they_were():
+    bare = model("eps")
+    before = copy.copy(bare.wrappers), copy.deepcopy(bare.model_options)
+    guided, report = guide(bare)
+    assert bare.wrappers == before[0] and bare.model_options == before[1]
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("the sampler broke")
+
+    with pytest.raises(RuntimeError, match="the sampler broke"):
+        run(guided, comfy.samplers.KSAMPLER(fail))
+    wrappers = guided.model_options.get("transformer_options", {}).get("wrappers", {})
+    assert not wrappers.get(WrappersMP.PREDICT_NOISE, {}).get(WRAPPER_KEY)
+    assert not report.runs
+
+
+def test_time_gap_node():
+    """The mean, a picture, and JSON; before any sampling it says so."""
+    guided, report = guide(model("eps"), strength=0.73)
+    with pytest.raises(ValueError, match="guided model was not sampled yet. Connect `latent`"):
+        report.find({"samples": torch.full((2, 3, SIZE, SIZE), 0.3)})
+    outputs = [run(guided, noise=0.2, seed=seed) for seed in (1, 2)]
+    with torch.inference_mode():
+        gap, curve, summary = TAGTimeGap.execute(report, {"samples": outputs[0]}).result
+    summary = json.loads(summary)
+    assert gap == pytest.approx(report.runs[0].time_gap()) and summary["time_gap"] == pytest.approx(gap, abs=1e-3)
+    assert curve.shape[0] == 1 and len(summary["steps"]) == 8 and len(summary["samples"]) == 2
+    assert summary["steps"][0]["time"] > 990 > summary["steps"][-1]["time"]
+
+
+def test_a_latent_without_pictures_is_sampled_unguided():
+    sounds = torch.rand(4, 3, 40, generator=torch.Generator().manual_seed(0))
+    bare = exact_model(sounds, "flow")
+    guided, report = guide(bare)
+    assert torch.equal(run(guided, shape=(2, 3, 40)), run(bare, shape=(2, 3, 40)))
+    assert "no image part" in report.runs[0].summary()["reason"]
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"strength": -1.0}, "strength is -1.0; a value from 0 to 200"),
+    ({"strength": float("nan")}, "strength is nan"),
+    ({"mode": "absolute"}, "mode is 'absolute'; one of 'relative'"),
+    ({"start_percent": 0.5, "end_percent": 0.5}, "Lower start_percent"),
+    ({"estimate": "published gradient"}, "none is connected"),
+])
+def test_bad_settings_are_refused_at_the_node(settings, message):
+    with pytest.raises(ValueError, match=message):
+        guide(model("eps"), **settings)
+
+
+def test_several_conditions_move_in_turn():
+    """With two positive conditions the published shift is each one's and then the unconditional one's."""
+    bare = model("eps", labels=torch.arange(12) % 2)
+    conditions = (torch.arange(12) % 2)[:, None].float() + 1
+    with torch.enable_grad():
+        work = trainer(fresh_predictor(bare, condition_dim=1), conditions=conditions, steps=30)
+        for _ in range(30):
+            work.step()
+    predictor = work.result()
+
+    class Guider:
+        original_conds = {"positive": [{"cross_attn": torch.full((1, 1, 1), value)} for value in (1.0, 2.0)]}
+
+    layout = FrameLayout.of([(2, 3, SIZE, SIZE)])
+    judge = Judge(predictor, torch.device("cpu"), layout, Guider())
+    u, level, omega = torch.randn(2, 3, SIZE, SIZE), torch.zeros(2), torch.full((2,), 0.1)
+    with torch.inference_mode():
+        together = judge.gradient(u, level, omega)
+    moved = u
+    for tokens in (1.0, 2.0, None):
+        one = Judge(predictor, torch.device("cpu"), layout, Guider())
+        one.conditions = [] if tokens is None else [torch.full((1, 1), tokens)]
+        moved = moved + 0.1 * one.gradient(moved, level, omega)
+    assert torch.allclose(u + 0.1 * together, moved, atol=1e-4)
+
+
+def test_noisy_euler_adds_what_it_says():
+    """The tests' own sampler: without noise it is Euler's."""
+    bare = model("flow")
+    assert torch.allclose(run(bare, noise=0.0), run(bare), atol=1e-4)

@@ -1,0 +1,203 @@
+"""The equations of TAG on the exact denoiser, in closed form and against finite differences."""
+
+import math
+
+import pytest
+import torch
+from artifact_guard.nodes.tag.alignment import (
+    closed_form, limited, published_gradient, relative_correction, sample_level, score_correction, shift, surplus,
+)
+from artifact_guard.nodes.tag.levels import LOG_SNR_RANGE, Schedule, alpha_and_variance, coefficients, log_snr
+from artifact_guard.nodes.tag.posterior import EnergyEstimator, NetworkEstimator, Posterior, energy_posterior, mean_square
+from artifact_guard.nodes.tag.process import Process
+
+from tests.exact.denoiser import ExactDenoiser
+from tests.exact.time_posterior import log_time_posterior, time_linked_score
+from tests.unit.tag_support import CPU, KINDS, images, model
+
+GRID = torch.linspace(-5.0, 7.0, 128)
+SIGMAS = torch.exp(-0.5 * GRID.double())
+
+
+def off_manifold(index, extra, count=4, seed=0):
+    """u of clean images at level GRID[index], with noise of size `extra` added to it."""
+    random = torch.Generator().manual_seed(seed)
+    x0 = images()[:count]
+    alpha, v = alpha_and_variance(GRID[index])
+    u = alpha * x0 + v.sqrt() * torch.randn(x0.shape, generator=random)
+    return u + extra * torch.randn(x0.shape, generator=random)
+
+
+def denoised_at(denoiser, u, index):
+    alpha, v = alpha_and_variance(GRID[index].double())
+    return denoiser.denoise(u, alpha, v.sqrt()).float()
+
+
+def compare(estimate, truth):
+    """(cosine, length ratio), means over samples."""
+    one, other = estimate.flatten(1).double(), truth.flatten(1).double()
+    cosine = torch.cosine_similarity(one, other).mean().item()
+    return cosine, (one.norm(dim=1) / other.norm(dim=1)).mean().item()
+
+
+@pytest.mark.parametrize("index", [50, 70, 90])
+def test_closed_form_with_the_exact_posterior_is_the_exact_score(index):
+    """Theorem 3.3 with the model's one estimate for all levels, where that is good: direction and length."""
+    denoiser, u = ExactDenoiser(images(), 0.05), off_manifold(index, 0.2)
+    gamma = log_time_posterior(denoiser, u, SIGMAS).exp().float()
+    level = GRID[index].expand(len(u))
+    estimate = closed_form(u, denoised_at(denoiser, u, index), level, Posterior(GRID.expand(len(u), -1), gamma))
+    cosine, length = compare(estimate, time_linked_score(denoiser, u, SIGMAS, index))
+    assert cosine > 0.99 and 0.9 < length < 1.1
+
+
+@pytest.mark.parametrize("index", [40, 60, 80, 100])
+@pytest.mark.parametrize("extra", [0.1, 0.3])
+def test_training_free_score_is_near_the_exact_one(index, extra):
+    """Noise is added after a step: the estimate from the step before and from this one."""
+    denoiser, before = ExactDenoiser(images(), 0.05), off_manifold(index - 4, 0.0)
+    estimator, first = EnergyEstimator(), denoised_at(denoiser, before, index - 4)
+    estimator.after(before, GRID[index - 4].expand(4), first)
+    estimator.keep(first)
+    (alpha, v), (alpha_after, v_after) = (alpha_and_variance(GRID[i]) for i in (index - 4, index))
+    u = alpha_after * first + (v_after / v).sqrt() * (before - alpha * first)
+    u = u + extra * torch.randn(u.shape, generator=torch.Generator().manual_seed(9))
+    level, denoised = GRID[index].expand(4), denoised_at(denoiser, u, index)
+    estimate = closed_form(u, denoised, level, estimator.after(u, level, denoised))
+    cosine, length = compare(estimate, time_linked_score(denoiser, u, SIGMAS, index))
+    assert cosine > 0.95 and 0.7 < length < 1.4
+
+
+def test_published_gradient_is_the_gradient_of_the_log_probability():
+    """Against central differences, through a smooth judge in float64."""
+    weights = torch.randn(3 * 16, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    levels = torch.linspace(-2, 2, 5, dtype=torch.float64)
+    u = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    level = torch.tensor([-0.9, 2.2], dtype=torch.float64)  # nearest classes 1 and 4
+
+    def judge(v):
+        return torch.tanh(v.flatten(1) @ weights)
+
+    with torch.inference_mode():
+        gradient = published_gradient(u, level, judge, levels)
+    step = torch.zeros_like(u)
+    step[:, 1, 2, 3] = 1e-5
+    differences = (judge(u + step).log_softmax(1) - judge(u - step).log_softmax(1)) / 2e-5
+    assert torch.allclose(gradient[:, 1, 2, 3], differences[[0, 1], [1, 4]], rtol=1e-6)
+
+
+def noise_at(variance, dimensions=3 * 32 * 32, seed=0):
+    """(u, anchor) of one sample with exactly this noise variance around an anchor of unit variance."""
+    random = torch.Generator().manual_seed(seed)
+    side = math.isqrt(dimensions // 3)
+    anchor, eps = (torch.randn(1, 3, side, side, generator=random) for _ in range(2))
+    anchor, eps = anchor / anchor.square().mean().sqrt(), eps - (eps * anchor).mean() * anchor
+    eps = eps / eps.square().mean().sqrt()
+    return math.sqrt(1 - variance) * anchor + math.sqrt(variance) * eps, anchor
+
+
+@pytest.mark.parametrize("variance", [0.001, 0.03, 0.25, 0.7])
+@pytest.mark.parametrize("dimensions", [3 * 16 * 16, 3 * 64 * 64])
+def test_energy_posterior_has_its_mean_and_at_most_the_spread_of_chance(variance, dimensions):
+    """Its mean is the noise that is there; its spread sqrt(2 / n) where the signal alpha * x0 tells nothing more."""
+    mean, spread = energy_posterior(*noise_at(variance, dimensions)).log_variance()
+    chance = math.sqrt(2 / dimensions)
+    assert mean.exp().item() == pytest.approx(variance, rel=0.01) and spread.item() < 1.1 * chance
+    if variance < 0.01:
+        assert spread.item() == pytest.approx(chance, rel=0.1)
+
+
+def test_mean_square_counts_only_where_the_weight_is():
+    x = torch.ones(2, 3, 4, 4)
+    x[:, :, :2] = 5.0
+    weight = torch.zeros(2, 1, 4, 4)
+    weight[:, :, 2:] = 1.0
+    assert mean_square(x, weight).tolist() == [1.0, 1.0] and mean_square(x).tolist() == [13.0, 13.0]
+
+
+@pytest.mark.parametrize("variance, least, most", [(0.1, 0, 0), (0.25, 0, 1e-3), (0.2525, 0, 2e-3), (0.5, 0.67, 0.71)])
+def test_surplus_ignores_less_noise_and_what_chance_explains(variance, least, most):
+    """v of the step 0.25, 768 dimensions: a gap of 1 % almost vanishes, one of ln 2 stays."""
+    level = torch.logit(torch.tensor([0.75]))
+    assert least <= surplus(energy_posterior(*noise_at(variance, 768)), level).item() <= most
+
+
+def test_the_model_is_asked_at_the_samples_level():
+    level = torch.logit(torch.tensor([0.75]))
+    noisy, clean = energy_posterior(*noise_at(0.5)), energy_posterior(*noise_at(0.1))
+
+    def asked(posterior, strength):
+        return alpha_and_variance(sample_level(posterior, level, strength))[1].item()
+
+    assert asked(noisy, 1.0) == pytest.approx(0.5, rel=0.01) and asked(clean, 1.0) == pytest.approx(0.25, rel=1e-5)
+    assert asked(noisy, 0.5) == pytest.approx(math.sqrt(0.25 * 0.5), rel=0.01)
+    assert sample_level(None, level, 1.0) is level
+
+
+def test_positions_without_weight_do_not_count():
+    """Noise outside the weight is not seen."""
+    u, anchor = noise_at(0.25)
+    disturbed, weight = u.clone(), torch.zeros(1, 1, 32, 32)
+    disturbed[..., :8] += 5.0
+    weight[..., 8:] = 1.0
+    one, other = (energy_posterior(v, anchor, weight).log_variance()[0] for v in (u, disturbed))
+    assert torch.allclose(one, other)
+    assert energy_posterior(disturbed, anchor).log_variance()[0].exp() > 0.9
+
+
+@pytest.mark.parametrize("strength", [0.01, 1.0, 200.0])
+def test_corrections_are_bounded_at_every_level(strength):
+    """Whatever the time-linked score: never more than half the distance to the sample, never NaN."""
+    level = torch.tensor([LOG_SNR_RANGE[0], -2.0, 0.0, 4.0, LOG_SNR_RANGE[1]])
+    shape, reach = (5, 3, 8, 8), torch.full((5,), 0.3)
+    for tls in (torch.randn(shape) * 1e6, torch.full(shape, torch.inf), torch.full(shape, torch.nan), torch.zeros(shape)):
+        gap = torch.linspace(0, 9, 5)
+        for correction in (relative_correction(tls, reach, strength, gap), score_correction(tls, reach, strength, level)):
+            assert correction.isfinite().all() and (mean_square(correction).sqrt() <= 0.1501).all()
+        v = alpha_and_variance(level)[1]
+        moved = shift(tls, strength, level)
+        assert moved.isfinite().all() and (mean_square(moved) <= 0.25 * v * 1.001).all()
+
+
+def test_a_useless_judge_moves_nothing_it_cannot_know():
+    """Logits of NaN become a flat posterior, which is wide: the gap is shrunk, and nothing is NaN."""
+    u = torch.randn(2, 3, 8, 8)
+    level = torch.tensor([-3.0, 3.0])
+    posterior = NetworkEstimator(lambda v: torch.full((len(v), 128), torch.nan), GRID).before(u, level)
+    assert torch.allclose(posterior.gamma, torch.full_like(posterior.gamma, 1 / 128))
+    assert surplus(posterior, level).isfinite().all()
+    assert closed_form(u, torch.zeros_like(u), level, posterior).isfinite().all()
+
+
+def test_limited_keeps_direction():
+    correction = limited(torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([1.0]))
+    assert torch.allclose(correction, torch.tensor([[[[3.0, 4.0]]]]) / math.sqrt(12.5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_process_reads_the_model(kind):
+    """u is variance-preserving, levels follow a and b, and a noisier level has the sigma that gives it."""
+    sampling = model(kind).get_model_object("model_sampling")
+    schedule = Schedule.of(sampling)
+    process = Process(sampling, schedule, CPU)
+    sigma = torch.tensor([0.7, 0.3])
+    a, b = coefficients(sampling, sigma)
+    assert torch.allclose(b / a, sigma / (1 - sigma) if kind == "flow" else sigma)
+    x0, eps = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
+    x = sampling.noise_scaling(sigma.reshape(-1, 1, 1, 1), eps, x0)
+    assert process.vp(x, sigma).std().item() == pytest.approx(1.0, abs=0.02)
+    level = process.level(sigma)
+    assert torch.equal(process.noisier(sigma, level), sigma) and torch.equal(process.noisier(sigma, level + 1), sigma)
+    assert torch.allclose(process.level(process.noisier(sigma, level - 0.5)), level - 0.5, atol=0.01)
+    assert process.noisier(sigma, level - 50).max() <= float(sampling.sigma_max)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_times_are_thousandths_of_the_schedule(kind):
+    sampling = model(kind).get_model_object("model_sampling")
+    schedule = Schedule.of(sampling)
+    for time in (100, 333, 500, 900):
+        sigma = torch.tensor([float(sampling.percent_to_sigma(1 - time / 1000))], dtype=torch.float64)
+        assert schedule.time(log_snr(*coefficients(sampling, sigma))).item() == pytest.approx(time, abs=0.6)
+    grid = schedule.grid()
+    assert (grid.diff() > 0).all() and len(grid) == 256
