@@ -1,4 +1,4 @@
-"""Connected regions of boolean masks: labelling, filters by area and width, dilation."""
+"""Connected regions of boolean masks: labelling, hysteresis, filters by area and width, dilation."""
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,11 @@ def count_in_region(labels: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     counts.scatter_add_(1, flat, pixels.flatten(1).long())
     counts[:, 0] = 0
     return counts.gather(1, flat).view_as(labels)
+
+
+def grow_from(strong: torch.Tensor, weak: torch.Tensor) -> torch.Tensor:
+    """Hysteresis: the 4-connected regions of `weak` that hold a `strong` pixel. Both (B, H, W) bool."""
+    return weak & (count_in_region(label_regions(weak), strong & weak) > 0)
 
 
 def interior(labels: torch.Tensor, side: int) -> torch.Tensor:

@@ -42,3 +42,22 @@ def robust_threshold(values: torch.Tensor, k: float, valid: torch.Tensor | None 
     median = sample_median(rows, rows_valid)
     mad = sample_median((rows - median[:, None]).abs(), rows_valid)
     return median + k * NORMAL_CONSISTENCY * mad
+
+
+def sample_quantile(values: torch.Tensor, share: float, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """The value below which `share` of each sample's entries lie, without interpolation: (B, ...) gives (B,).
+
+    Args:
+        values: (B, ...), at least one value a sample. NaN counts as larger than any number.
+        share: 0 to 1; 0.5 of an odd number of entries is the median.
+        valid: bool, broadcastable to the shape of `values`, optional: the entries that count. A sample with none gives
+            NaN.
+    """
+    rows = values.flatten(1)
+    if valid is None:
+        return rows.kthvalue(1 + int(share * (rows.shape[1] - 1)), dim=1).values
+    rows_valid = valid.expand_as(values).flatten(1)
+    ordered = rows.masked_fill(~rows_valid, torch.inf).sort(dim=1).values
+    count = rows_valid.sum(dim=1, keepdim=True)
+    index = (share * (count - 1)).long().clamp(min=0)
+    return torch.where(count[:, 0] > 0, ordered.gather(1, index)[:, 0], torch.nan)

@@ -8,6 +8,7 @@ carries the repaired sample, and the same sampler is run again on the rest of th
 import copy
 import functools
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -17,10 +18,10 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, add_wrapper_wit
 
 from ..coordinates import coefficients, noise_ratio
 from ..latents import FrameLayout, check_latent, mask_to_frames
-from .detector import Estimate
+from .estimate import Estimate
 from .options import GuardSettings
 from .report import ArtifactReport, RunRecord
-from .watch import Watch
+from .watch import Watch, detector_class
 from .window import plan_window
 
 WRAPPER_KEY = "artifact_guard.asced"
@@ -30,19 +31,42 @@ SEED_STEP = 1_000_003
 once more, nor that of another guard's restart."""
 
 
+class Answer(NamedTuple):
+    """What the model says to one question: known beforehand where a restart puts samples back as they were."""
+
+    x: torch.Tensor
+    sigma: torch.Tensor
+    denoised: torch.Tensor
+
+    def fits(self, x: torch.Tensor, sigma: torch.Tensor) -> bool:
+        return x.shape == self.x.shape and torch.equal(x, self.x) and bool((sigma == self.sigma).all())
+
+
 class ModelProbe:
     """Stands between a sampler and its model: passes everything on and remembers the last call.
 
     The sampler's callback cannot be used for that: several samplers report there the initial noise, a rescaled state
     or another sigma than they gave the model.
+
+    Args:
+        known: the answer to the first question, if it is the expected one, asked with the same options: CFG++ samplers
+            add functions of theirs to these and have to see the model run.
+        options: the model options that `known` was got with.
+        judge: called with every answer of the model as soon as it is there; may raise Restart.
     """
 
-    def __init__(self, model):
-        self.__dict__.update(model=model, calls=0, last=None)
+    def __init__(self, model, known: Answer | None, options: dict | None, judge):
+        self.__dict__.update(model=model, known=known, options=options, judge=judge, calls=0, last=None)
 
     def __call__(self, x, sigma, **kwargs):
-        denoised = self.model(x, sigma, **kwargs)
-        self.__dict__.update(calls=self.calls + 1, last=(x, sigma, denoised))
+        known, self.__dict__["known"] = self.known, None
+        if known is not None and kwargs.get("model_options") is self.options and known.fits(x, sigma):
+            denoised = known.denoised
+        else:
+            denoised = self.model(x, sigma, **kwargs)
+            self.__dict__["calls"] = self.calls + 1
+        self.__dict__["last"] = (x, sigma, denoised)
+        self.judge(x, sigma, denoised)
         return denoised
 
     def __getattr__(self, name):
@@ -53,15 +77,22 @@ class ModelProbe:
 
 
 class Restart(Exception):
-    """Leaves a sampler at the correction step. It belongs to one run: guards inside each other catch only their own."""
+    """Leaves a sampler at a step. It belongs to one run: guards inside each other catch only their own.
 
-    def __init__(self, run: "GuardedRun", x: torch.Tensor, sigma: torch.Tensor):
+    x: the sample to go on from at sigma. denoised: the model's estimate of it, if it is known.
+    """
+
+    def __init__(self, run: "GuardedRun", x: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor | None = None):
         super().__init__("A guarded sampler was left to go on from a repaired sample.")
-        self.run, self.x, self.sigma = run, x, sigma
+        self.run, self.x, self.sigma, self.denoised = run, x, sigma, denoised
 
 
 class GuardedRun:
-    """The guard's state in one call of a sampler: made when sampling starts, gone when it ends."""
+    """The guard's state in one call of a sampler: made when sampling starts, gone when it ends.
+
+    `unguarded` is what the sampler gave without a repair, if the user wants it kept: the first leg then runs to its
+    end, with the restart `waiting` until it is there.
+    """
 
     def __init__(self, settings: GuardSettings, record: RunRecord, watch: Watch, model_sampling, schedule: torch.Tensor):
         self.settings = settings
@@ -70,35 +101,54 @@ class GuardedRun:
         self.model_sampling = model_sampling
         self.schedule = schedule
         self.sigmas = schedule.tolist()
+        self.waiting: Restart | None = None
+        self.unguarded: torch.Tensor | None = None
 
     def sample(self, sampler_function, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         """The sampler function that KSAMPLER calls instead of `sampler_function`; same arguments, same result."""
         extra_args = extra_args or {}
         original = {**extra_args, "model_options": _cloned_options(extra_args)}
-        shape, first_step, remaining = x.shape, 0, sigmas
+        shape, first_step, remaining, known = x.shape, 0, sigmas, None
         while True:
             self.watch.forget()
-            probe = ModelProbe(model)
+            self.waiting = None
+            probe = ModelProbe(model, known, extra_args.get("model_options"), self._judge)
             watching = self._watching_callback(probe, shape, callback, first_step)
             try:
                 result = sampler_function(
                     probe, x, remaining, extra_args=extra_args, callback=watching, disable=disable, **options
                 )
-                if remaining is not sigmas:
-                    sigmas[-1] = remaining[-1]
-                return result
-            except Restart as restart:
-                if restart.run is not self:
+                if self.waiting is None:
+                    if remaining is not sigmas:
+                        sigmas[-1] = remaining[-1]
+                    self.watch.finish()
+                    return result
+                self.unguarded = result
+                restart = self.waiting
+            except Restart as left:
+                if left.run is not self:
                     raise
-                x, sigma = restart.x, restart.sigma
+                restart = left
             finally:
                 self.record.model_calls += probe.calls
-            remaining = self._rest_of_schedule(sigma, sigmas)
+            x, known = restart.x, None
+            remaining = self._rest_of_schedule(restart.sigma, sigmas)
+            if restart.denoised is not None:
+                known = Answer(x, remaining[0], restart.denoised)
             first_step = len(sigmas) - len(remaining)
             extra_args = {**original, "model_options": _cloned_options(original)}
             if original.get("seed") is not None:
                 step = len(self.schedule) - len(remaining)
                 extra_args["seed"] = (original["seed"] + SEED_STEP * (step + 1)) % 2**64
+
+    def _judge(self, x: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor) -> None:
+        """Have a repair verified by the model's first answer to it, and put back what it made worse."""
+        if self.watch.unverified is None or self.watch.unverified.shape != x.shape:
+            return
+        sigma = sigma.reshape(-1)[0]
+        put_back = self.watch.verify(Estimate(x, denoised, *coefficients(self.model_sampling, sigma)))
+        if put_back is not None:
+            raise Restart(self, put_back[0], sigma, put_back[1])
 
     def _rest_of_schedule(self, sigma: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
         """The sigmas still to come, from the present one on.
@@ -115,7 +165,7 @@ class GuardedRun:
         def watching(info):
             if callback is not None:
                 callback({**info, "i": info["i"] + first_step} if first_step else info)
-            if self.watch.done:
+            if self.watch.done or self.waiting is not None:
                 return
             if probe.last is None or probe.last[0].shape != shape or info["x"].shape != shape:
                 self.watch.give_up("this sampler changes the size of the latent while it runs")
@@ -124,9 +174,13 @@ class GuardedRun:
             sigma = sigma.reshape(-1)[0]
             a, b = coefficients(self.model_sampling, sigma)
             steps_left = sum(s < float(sigma) for s in self.sigmas)
-            repaired = self.watch.look(Estimate(x, denoised, a, b), steps_left)
-            if repaired is not None:
-                raise Restart(self, repaired, sigma)
+            repaired = self.watch.look(Estimate(x, denoised, a, b), steps_left, adaptive="n_accept" in info)
+            if repaired is None:
+                return
+            restart = Restart(self, repaired, sigma)
+            if not (self.settings.options.keep_unguarded and self.unguarded is None):
+                raise restart
+            self.waiting = restart
 
         return watching
 
@@ -225,7 +279,8 @@ class GuardPatch:
         if reason is None:
             ratios = [noise_ratio(model_sampling, sigma) for sigma in schedule[:-1]]
             settings = self.settings
-            window = plan_window(ratios, settings.window, settings.detect_from, settings.correct_at)
+            between = detector_class(settings.options).auto_window
+            window = plan_window(ratios, settings.window, settings.detect_from, settings.correct_at, between)
             reason = window if isinstance(window, str) else None
         if reason is not None:
             record.refuse(reason)
@@ -242,4 +297,8 @@ class GuardPatch:
             functools.partial(run.sample, sampler.sampler_function)
         )
         inner = WrapperExecutor.new_class_executor(guarded.sample, guarded, executor.wrappers, executor.idx + 1)
-        return inner.execute(*arguments)
+        result = inner.execute(*arguments)
+        if run.unguarded is not None:
+            clean = model_sampling.inverse_noise_scaling(schedule[-1].to(result), run.unguarded)
+            record.keep_unguarded(model_wrap.inner_model.process_latent_out(clean.to(torch.float32)))
+        return result

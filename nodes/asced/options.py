@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-DETECTORS = ("clean estimate", "weighted score")
-CORRECTIONS = ("targeted", "state replacement", "score clipping")
+DETECTORS = ("clean estimate", "weighted score", "score dynamics")
+CORRECTIONS = ("targeted", "state replacement", "score clipping", "surroundings")
 MODES = ("correct", "detect only")
 WINDOWS = ("auto", "manual")
 
@@ -24,12 +24,12 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 class AscedOptions:
     """The finer settings. Lengths are fractions of the image's shorter side, areas fractions of the image.
 
-    The defaults are the published ones, given there in pixels of a 256x256 image: blur 2, area 100 to 10000,
-    width 5, dilation 5.
+    Lengths and areas are the published ones, given there in pixels of a 256x256 image: blur 2, area 100 to 10000,
+    width 5, dilation 5. The published method is detector "clean estimate" with correction "targeted".
     """
 
-    detector: str = "clean estimate"
-    correction: str = "targeted"
+    detector: str = "score dynamics"
+    correction: str = "surroundings"
     reverse_step: int = 1
     blur: float = 2 / 256
     min_area: float = 0.0015
@@ -38,6 +38,7 @@ class AscedOptions:
     dilate: float = 5 / 256
     rounds: int = 1
     noise_seed: int = 0
+    keep_unguarded: bool = False
 
     def __post_init__(self):
         check_choice("detector", self.detector, DETECTORS)
@@ -79,8 +80,3 @@ class GuardSettings:
                 f"detect_from is {self.detect_from:g} and correct_at {self.correct_at:g}: detection has to begin "
                 f"before the correction. Lower detect_from or raise correct_at."
             )
-
-    @property
-    def k(self) -> float:
-        """Robust standard deviations above the median that a change has to exceed to be abnormal."""
-        return 3.0 / self.sensitivity

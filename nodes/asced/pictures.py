@@ -14,7 +14,7 @@ def draw_curves(record: RunRecord) -> torch.Tensor:
     """Speed and acceleration of the clean estimate inside and outside the regions, as an IMAGE (1, H, W, 3).
 
     Speed is the mean of |D_t - D_(t-1)| over pixels and channels, in latent units; acceleration its change from step
-    to step. Each value stands at the noise ratio b / a of the later of the steps it compares.
+    to step. Each value stands at the noise ratio b / a of the later of the steps it compares; phases are the run's own.
     """
     if not record.speed_maps:
         return draw_chart([Panel(f"Not guarded: {record.reason}"[:100], {}, [], "no steps to show")])
@@ -27,24 +27,26 @@ def draw_curves(record: RunRecord) -> torch.Tensor:
     bands = phase_bands(record)
     axis = "noise ratio b / a of the step (the run goes from left to right)"
     return draw_chart([
-        Panel("Score speed", speeds, labels, axis, bands),
+        Panel(f"Score speed ({repair_title(record)})", speeds, labels, axis, bands),
         Panel("Score acceleration", accelerations, labels, axis, bands),
     ])
 
 
 def phase_bands(record: RunRecord) -> list[tuple[str, float, float]]:
-    """The phases along the curves: Profiling before the window, Mutation in it, Refinement after the repair."""
-    if record.window is None:
+    """The run's own phases along the curves, see estimate_phases: (name, first, last) in positions along the x axis."""
+    phases = record.phases()
+    if phases is None:
         return []
-    first = position_of(record, record.ratios[record.window.detect_from])
-    correct = position_of(record, record.ratios[record.window.correct_at])
     last = float(len(record.speed_ratios) - 1)
-    return [("Profiling", 0.0, first), ("Mutation", first, correct), ("Refinement", correct, last)]
+    mutation, refinement = (min(float(index), last) for index in phases)
+    return [("Profiling", 0.0, mutation), ("Mutation", mutation, refinement), ("Refinement", refinement, last)]
 
 
-def position_of(record: RunRecord, ratio: float) -> float:
-    """Position along the curves of the first step at or below a noise ratio."""
-    return float(sum(r > ratio * 1.0001 for r in record.speed_ratios))
+def repair_title(record: RunRecord) -> str:
+    """What the curves say of the repair: where it was, if there was one."""
+    if record.window is None or record.restarts == 0:
+        return "no repair"
+    return f"repair at b / a {record.ratios[record.window.correct_at]:.2g}"
 
 
 def draw_overlay(record: RunRecord, latent: dict, image: torch.Tensor | None) -> torch.Tensor:

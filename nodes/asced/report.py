@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from ...kernels.regions import label_regions
 from ..latents import FrameLayout, frames_to_mask
 from ..run_reports import RunReport, fingerprint, image_part
+from .detector import NEVER, Findings
 from .options import GuardSettings
-from .window import Window
+from .window import MIN_STEPS, Window, estimate_phases
 
 CURVE_PIXELS = 32
 """Speed maps are kept at this size at most: enough to tell inside from outside, and small beside a latent."""
@@ -34,9 +35,15 @@ class RunRecord:
         self.window: Window | None = None
         self.ratios: list[float] = []
         self.speed_ratios: list[float] = []
+        self.speed_lengths: list[float] = []
         self.speed_maps: list[torch.Tensor] = []
         self.regions: torch.Tensor | None = None
+        self.peak: torch.Tensor | None = None
+        self.onset: torch.Tensor | None = None
         self.repaired: torch.Tensor | None = None
+        self.undone: torch.Tensor | None = None
+        self.fallen_back: torch.Tensor | None = None
+        self.unguarded: torch.Tensor | None = None
         self.model_calls = 0
         self.restarts = 0
         self.seconds = 0.0
@@ -52,20 +59,38 @@ class RunRecord:
     def plan(self, window: Window, ratios: list[float]) -> None:
         self.window, self.ratios = window, ratios
 
-    def add_speed(self, ratio: float, speed: torch.Tensor) -> None:
-        """Take in |change of the clean estimate| at a step, mean over channels: (F, H, W), latent units per step."""
+    def add_speed(self, ratio: float, length: float, speed: torch.Tensor) -> None:
+        """Take in |change of the clean estimate| at a step, mean over channels: (F, H, W), latent units per step.
+
+        ratio: b / a at the step. length: how far ln(b / a) fell since the step before; inf from pure noise.
+        """
         height, width = (min(CURVE_PIXELS, side) for side in speed.shape[-2:])
         self.speed_ratios.append(ratio)
+        self.speed_lengths.append(length)
         self.speed_maps.append(F.adaptive_avg_pool2d(speed[:, None], (height, width))[:, 0])
 
-    def add_regions(self, regions: torch.Tensor) -> None:
-        """Take in a round's regions, (F, H, W) bool."""
-        self.regions = regions if self.regions is None else self.regions | regions
+    def add_findings(self, findings: Findings) -> None:
+        """Take in what a round found."""
+        if self.regions is None:
+            self.regions, self.peak, self.onset = findings
+            return
+        self.regions = self.regions | findings.regions
+        self.peak = torch.maximum(self.peak, findings.peak)
+        self.onset = torch.maximum(self.onset, findings.onset)
 
     def add_repair(self, mask: torch.Tensor) -> None:
         """Take in a repair: what was renoised, (F, H, W) bool."""
         self.repaired = mask if self.repaired is None else self.repaired | mask
         self.restarts += 1
+
+    def undo(self, mask: torch.Tensor) -> None:
+        """Take in that a repair was put back: where, (F, H, W) bool."""
+        self.undone = mask if self.undone is None else self.undone | mask
+        self.repaired = self.repaired & ~mask
+
+    def keep_unguarded(self, samples: torch.Tensor) -> None:
+        """Take in what the run would have given without its repairs, a sampler's tensor in the latent's own units."""
+        self.unguarded = samples.cpu()
 
     def close(self, output: torch.Tensor) -> None:
         """The run is over: bring everything to the CPU and remember what its output looks like."""
@@ -73,8 +98,12 @@ class RunRecord:
         if self.layout is not None:
             height, width = self.layout.size
             empty = torch.zeros(self.layout.batch * self.layout.frames_per_sample, height, width, dtype=torch.bool)
-            self.regions = empty if self.regions is None else self.regions.cpu()
-            self.repaired = empty if self.repaired is None else self.repaired.cpu()
+            for name in ("regions", "repaired", "undone", "fallen_back"):
+                mask = getattr(self, name)
+                setattr(self, name, empty if mask is None else mask.cpu())
+            for name in ("peak", "onset"):
+                values = getattr(self, name)
+                setattr(self, name, empty.float() if values is None else values.float().nan_to_num(0.0, posinf=1e6).cpu())
             self.fingerprint = fingerprint(self.layout.frames(output))
 
     def artifact_mask(self) -> torch.Tensor:
@@ -94,6 +123,17 @@ class RunRecord:
 
         return mean(inside), mean(~inside)
 
+    def phases(self, frame: int | None = None) -> tuple[int, int] | None:
+        """Where Mutation and Refinement begin, as indices into `speed_ratios`; of one frame or of their mean.
+
+        None if the run was too short to tell.
+        """
+        if len(self.speed_maps) < MIN_STEPS:
+            return None
+        maps = torch.stack(self.speed_maps, dim=1).float()
+        speed = (maps.mean(dim=0) if frame is None else maps[frame]).flatten(1).mean(dim=1).tolist()
+        return estimate_phases(speed, self.speed_lengths)
+
     def summary(self) -> dict:
         """What was found, done and cost, as plain data."""
         settings = asdict(self.settings)
@@ -110,25 +150,60 @@ class RunRecord:
             "images": [],
         }
         if self.window is not None:
-            first, correct = self.window.detect_from, self.window.correct_at
             result["window"] = {
-                "detect_from": {"step": first, "noise_ratio": finite(self.ratios[first])},
-                "correct_at": {"step": correct, "noise_ratio": finite(self.ratios[correct])},
+                "detect_from": self._step(self.window.detect_from),
+                "correct_at": self._step(self.window.correct_at),
                 "steps": len(self.ratios),
             }
         if self.layout is not None:
-            frames = self.layout.frames_per_sample
-            for index, (regions, repaired) in enumerate(zip(self.regions, self.repaired)):
-                found = describe_regions(regions)
-                result["images"].append({
-                    "sample": index // frames,
-                    "frame": index % frames,
-                    "verdict": "artifacts" if found else "clean",
-                    "artifact_fraction": regions.float().mean().item(),
-                    "repaired_fraction": repaired.float().mean().item(),
-                    "regions": found,
-                })
+            result["images"] = [self._describe(frame) for frame in range(len(self.regions))]
         return result
+
+    def _step(self, step: int) -> dict:
+        return {"step": step, "noise_ratio": finite(self.ratios[step])}
+
+    def _describe(self, frame: int) -> dict:
+        """One image or frame in plain data."""
+        frames = self.layout.frames_per_sample
+        found = [self._describe_region(frame, where) for where in split_regions(self.regions[frame])]
+        phases = self.phases(frame)
+        return {
+            "sample": frame // frames,
+            "frame": frame % frames,
+            "verdict": "artifacts" if found else "clean",
+            "artifact_fraction": self.regions[frame].float().mean().item(),
+            "repaired_fraction": self.repaired[frame].float().mean().item(),
+            "phases": None if phases is None else {
+                name: finite(self.speed_ratios[index]) for name, index in zip(("mutation_from", "refinement_from"), phases)
+            },
+            "regions": found,
+        }
+
+    def _describe_region(self, frame: int, where: torch.Tensor) -> dict:
+        """One region (H, W) in plain data: its place, when it began, how abnormal it was at most, what became of it."""
+        height, width = where.shape
+        rows, columns = torch.nonzero(where, as_tuple=True)
+        top, left = rows.min().item(), columns.min().item()
+        box = (left / width, top / height, (columns.max().item() - left + 1) / width,
+               (rows.max().item() - top + 1) / height)
+        onset = self.onset[frame][where].max().item()
+        if (self.fallen_back[frame] & where).any():
+            outcome = "renoised, and the model drew much the same again"
+        elif (self.undone[frame] & where).any():
+            outcome = "repair undone: its border showed more than before"
+        elif (self.repaired[frame] & where).any():
+            outcome = "repaired"
+        else:
+            outcome = "not repaired"
+        return {
+            "area": len(rows) / (height * width),
+            "box": [round(v, 4) for v in box],
+            "onset": None if onset == NEVER else {
+                "step": sum(ratio > onset * (1 + 1e-4) for ratio in self.ratios), "noise_ratio": finite(onset)
+            },
+            "peak": round(self.peak[frame][where].max().item(), 3),
+            "outcome": outcome,
+        }
 
 
 def finite(value: float) -> float | None:
@@ -136,20 +211,11 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def describe_regions(regions: torch.Tensor) -> list[dict]:
-    """Area (fraction of the image) and box (fractions: left, top, width, height) of each region of a mask (H, W)."""
-    height, width = regions.shape
+def split_regions(regions: torch.Tensor) -> list[torch.Tensor]:
+    """The connected regions of a mask (H, W), each as a mask, the largest first."""
     labels = label_regions(regions[None])[0]
-    described = []
-    for label in labels.unique().tolist():
-        if label == 0:
-            continue
-        rows, columns = torch.nonzero(labels == label, as_tuple=True)
-        top, left = rows.min().item(), columns.min().item()
-        box = (left / width, top / height, (columns.max().item() - left + 1) / width,
-               (rows.max().item() - top + 1) / height)
-        described.append({"area": len(rows) / (height * width), "box": [round(v, 4) for v in box]})
-    return sorted(described, key=lambda region: -region["area"])
+    masks = [labels == label for label in labels.unique().tolist() if label != 0]
+    return sorted(masks, key=lambda mask: -mask.sum().item())
 
 
 class ArtifactReport(RunReport[RunRecord]):

@@ -3,12 +3,6 @@
 import math
 from dataclasses import dataclass
 
-BEST_NOISE_RATIO = 3.1
-"""b / a at the correction step that the paper found best (t/T = 0.48 of its linear schedule)."""
-
-FIRST_NOISE_RATIO = 6.0
-"""Above this b / a the clean estimate is hardly more than the mean of the data: nothing local can be seen yet."""
-
 MIN_STEPS = 3
 """One change needs two estimates, and after the repair there has to be a step left to use it."""
 
@@ -35,14 +29,18 @@ class Window:
         return Window(self.correct_at, correct) if correct <= steps - 2 else None
 
 
-def plan_window(ratios: list[float], window: str, detect_from: float, correct_at: float) -> Window | str:
+def plan_window(
+    ratios: list[float], window: str, detect_from: float, correct_at: float, between: tuple[float, float]
+) -> Window | str:
     """Choose the window of a run.
 
     Args:
         ratios: b / a at every sigma at which a step begins, falling; its length is the number of steps.
-        window: "manual" takes the two fractions of the run's steps, "auto" ignores them and repairs at the last step
-            whose b / a is at least 3.1. A run that starts below that (img2img, a second stage) is looked at from its
-            first step on and repaired after a quarter of its steps.
+        window: "manual" takes the two fractions of the run's steps. "auto" ignores them: the first change it sees
+            ends at or below the detector's first noise ratio, and it repairs at the last step not below its second. A run that starts
+            below that (img2img, a second stage) is looked at from its first step on and repaired after a quarter of
+            its steps.
+        between: noise ratios between which the detector looks, see Detector.auto_window.
 
     Returns:
         The window, or the reason why the run cannot be guarded.
@@ -64,8 +62,30 @@ def plan_window(ratios: list[float], window: str, detect_from: float, correct_at
                 f"needs two. Widen it by at least {fraction_for(1, steps)}"
             )
         return Window(first, correct)
-    early = [i for i, ratio in enumerate(ratios) if ratio >= BEST_NOISE_RATIO]
+    early = [i for i, ratio in enumerate(ratios) if ratio >= between[1]]
     correct = min(max(early[-1] if early else steps // 4, 2), last)
-    visible = [i for i, ratio in enumerate(ratios) if ratio <= FIRST_NOISE_RATIO]
-    first = min(visible[0] if visible else 0, max(0, correct - 3))
+    visible = sum(ratio > between[0] for ratio in ratios)
+    first = max(0, min(visible - 1, correct - 3))
     return Window(first, correct)
+
+
+def estimate_phases(speeds: list[float], lengths: list[float]) -> tuple[int, int]:
+    """Where the Mutation and the Refinement phase of a run begin, from how fast its clean estimate moves.
+
+    The speed over ln(b / a), in which all schedules are alike, has one hump. Mutation is where it is at least half as
+    high as at its top; Profiling lies before, Refinement after (ASCED, section 3.1, tells the phases by eye).
+
+    Args:
+        speeds: mean |D_t - D_(t-1)| of each step; lengths: how far ln(b / a) fell in it, inf from pure noise.
+
+    Returns:
+        (first step of Mutation, first step of Refinement), indices into `speeds`; the latter may be their number.
+    """
+    rates = [speed / length if 0 < length < math.inf else 0.0 for speed, length in zip(speeds, lengths)]
+    top = max(range(len(rates)), key=rates.__getitem__)
+    first = after = top
+    while first > 0 and rates[first - 1] >= rates[top] / 2:
+        first -= 1
+    while after < len(rates) and rates[after] >= rates[top] / 2:
+        after += 1
+    return first, after

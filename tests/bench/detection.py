@@ -1,27 +1,29 @@
-"""Q1: detection of scripted traps on the exact denoiser, the guard's detectors against the published rule.
+"""Q1: detection of planted traps on the exact denoiser, the guard's detectors against the published rule.
 
-All see the same trajectories in the same window, 25 Euler steps, traps of the held-out families. Reported per
-parameterization and data set: pixel F1 by amplitude, share of trapped and clean images judged rightly, share of clean
-pixels flagged.
+All see the same trajectories, 25 Euler steps, scripted traps of the held-out families, and data that took no part in
+the choice of any constant. The published rule also runs in its independent numpy form. Reported per parameterization
+and data set: pixel F1 by amplitude, the share of images judged rightly (as many clean as trapped ones), the share of
+clean pixels and of clean images flagged; then how the default depends on steps, schedule, CFG and sensitivity.
 """
 
 from pathlib import Path
 
 import torch
 
-from ..exact.model import exact_model
+from ..exact.model import conditioning, exact_model
 from ..quality.published import detect
 from .exact_runs import data_sets, guarded_run, trapped_batch
 
 AMPLITUDES = (0.2, 0.4, 0.8)
 SEEDS = (0, 1, 2)
+PARAMETERIZATIONS = ("eps", "flow")
 
 
 class Score:
     """Pixels and images judged rightly and wrongly."""
 
     def __init__(self):
-        self.hit = self.false = self.missed = self.images_right = self.images = 0
+        self.hit = self.false = self.missed = self.images_right = self.images = self.pixels = 0
 
     def add(self, found: torch.Tensor, truth: torch.Tensor) -> None:
         self.hit += int((found & truth).sum())
@@ -29,14 +31,29 @@ class Score:
         self.missed += int((~found & truth).sum())
         self.images_right += int((found.flatten(1).any(1) == truth.flatten(1).any(1)).sum())
         self.images += len(found)
+        self.pixels += found.numel()
 
     @property
     def f1(self) -> float:
         return 2 * self.hit / max(1, 2 * self.hit + self.false + self.missed)
 
+    @property
+    def right(self) -> float:
+        return self.images_right / max(1, self.images)
+
+
+def describe(scores: dict) -> dict:
+    """Figures of one rule: scores by case, an amplitude or "clean"."""
+    clean = scores["clean"]
+    row = {"clean_pixels_flagged": clean.false / clean.pixels, "clean_images_flagged": 1 - clean.right}
+    for amplitude in [case for case in scores if case != "clean"]:
+        row[f"f1_at_{amplitude}"] = scores[amplitude].f1
+        row[f"image_accuracy_at_{amplitude}"] = (scores[amplitude].right + clean.right) / 2
+    return {name: round(value, 4) for name, value in row.items()}
+
 
 def rules(pack) -> dict:
-    """Name -> function of a guarded run that gives its masks (B, H, W), the run watched by that rule's guard."""
+    """Name -> settings of a guard that only looks, one for each detector."""
     options = pack.nodes.asced.options
     return {
         name: options.GuardSettings(mode="detect only", options=options.AscedOptions(detector=name))
@@ -51,28 +68,62 @@ def published_masks(run) -> torch.Tensor:
     return torch.from_numpy(detect(estimates.numpy(), least_blur=0.0))
 
 
-def run(pack, output: Path, data: Path | None) -> dict:
+def trapped_and_clean(images: torch.Tensor, parameterization: str, seed: int, amplitudes=AMPLITUDES):
+    """(case, model, truth) of a seed: scripted traps of each amplitude, and the clean model."""
+    for amplitude in amplitudes:
+        traps, truth = trapped_batch("scripted", "held out", seed, images, amplitude=amplitude)
+        yield amplitude, exact_model(images, parameterization, traps=traps), truth
+    yield "clean", exact_model(images, parameterization), torch.zeros_like(truth)
+
+
+def compare_rules(pack, sets: dict[str, torch.Tensor]) -> dict:
+    """Every detector on every data set and parameterization, and on all of them together."""
+    total: dict = {}
     figures = {}
-    for data_name, images in data_sets(data).items():
-        for parameterization in ("eps", "flow"):
+    for data_name, images in sets.items():
+        for parameterization in PARAMETERIZATIONS:
             scores: dict = {}
-
-            def judge(model, truth, seed, case):
-                for name, settings in rules(pack).items():
-                    watched = guarded_run(pack, model, settings, seed)
-                    scores.setdefault((name, case), Score()).add(watched.record.regions, truth)
-                scores.setdefault(("published (numpy)", case), Score()).add(published_masks(watched), truth)
-
             for seed in SEEDS:
-                for amplitude in AMPLITUDES:
-                    traps, truth = trapped_batch("scripted", "held out", seed, images, amplitude=amplitude)
-                    judge(exact_model(images, parameterization, traps=traps), truth, seed, amplitude)
-                judge(exact_model(images, parameterization), torch.zeros_like(truth), seed, "clean")
-            for (name, case), score in scores.items():
-                row = figures.setdefault(f"{data_name}, {parameterization}, {name}", {})
-                if case == "clean":
-                    row["clean_pixels_flagged"] = score.false / (score.images * truth[0].numel())
-                    row["clean_images_flagged"] = 1 - score.images_right / score.images
-                else:
-                    row[f"f1_at_{case}"] = score.f1
+                for case, model, truth in trapped_and_clean(images, parameterization, seed):
+                    for name, settings in rules(pack).items():
+                        watched = guarded_run(pack, model, settings, seed)
+                        masks = {name: watched.record.regions}
+                        if name == "clean estimate":
+                            masks["published (numpy)"] = published_masks(watched)
+                        for rule, found in masks.items():
+                            for book in (scores, total):
+                                book.setdefault(rule, {}).setdefault(case, Score()).add(found, truth)
+            for rule, cases in scores.items():
+                figures[f"{data_name}, {parameterization}, {rule}"] = describe(cases)
+                print(f"{data_name}, {parameterization}, {rule}: {describe(cases)}", flush=True)
+    return figures | {f"all, {rule}": describe(cases) for rule, cases in total.items()}
+
+
+def sweep(pack, images: torch.Tensor) -> dict:
+    """The default detector by steps, schedule, CFG and sensitivity: traps of amplitude 0.4, one seed, both kinds."""
+    options = pack.nodes.asced.options
+    labels = torch.arange(len(images)) % 2
+    plans = {f"{steps} steps": {"steps": steps} for steps in (4, 6, 8, 12, 16, 20, 25, 35, 50)}
+    plans |= {f"schedule {name}": {"scheduler": name} for name in ("karras", "exponential", "beta", "simple", "sgm_uniform")}
+    plans |= {f"CFG {cfg}": {"cfg": cfg, "positive": conditioning(0), "negative": conditioning()} for cfg in (1.0, 3.0, 7.0)}
+    plans |= {f"sensitivity {s}": {"sensitivity": s} for s in (0.5, 0.7, 1.4, 2.0)}
+    plans |= {f"sampler {name}": {"sampler_name": name} for name in ("euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "lcm")}
+    figures = {}
+    for plan, sampling in plans.items():
+        settings = options.GuardSettings(mode="detect only", sensitivity=sampling.pop("sensitivity", 1.0))
+        scores: dict = {}
+        for parameterization in PARAMETERIZATIONS:
+            for case, model, truth in trapped_and_clean(images, parameterization, 5, (0.4,)):
+                if "cfg" in sampling:
+                    traps = [] if case == "clean" else trapped_batch("scripted", "held out", 5, images, amplitude=0.4)[0]
+                    model = exact_model(images, parameterization, traps=traps, labels=labels)
+                found = guarded_run(pack, model, settings, 5, **sampling).record.regions
+                scores.setdefault(case, Score()).add(found, truth)
+        figures[plan] = describe(scores)
+        print(f"{plan}: {figures[plan]}", flush=True)
     return figures
+
+
+def run(pack, output: Path, data: Path | None, cifar: Path | None = None) -> dict:
+    sets = data_sets(data, cifar)
+    return {"rules": compare_rules(pack, sets), "sweep of the default, shapes": sweep(pack, sets["shapes"])}

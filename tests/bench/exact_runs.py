@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..exact.images import shape_images
+from ..exact.images import cifar10, shape_images
 from ..exact.model import Trajectory, sample
 from ..exact.trap_families import make_traps, one_per_sample
 from .data import load_fashion_mnist
@@ -15,11 +15,18 @@ BATCH = 32
 STEPS = 25
 
 
-def data_sets(data: Path | None, count: int = 1200) -> dict[str, torch.Tensor]:
-    """Images (count, C, 32, 32) of each data set by name: drawn by code, and of Fashion-MNIST."""
+def data_sets(data: Path | None, cifar: Path | None = None, count: int = 1200) -> dict[str, torch.Tensor]:
+    """Images (count, C, 32, 32) of each data set by name: drawn by code, Fashion-MNIST, and CIFAR-10 if its zip is given.
+
+    None of them took part in the choice of the detector's constants: that was done on shapes of another seed and on
+    the training images of CIFAR-10; these are its test images.
+    """
     fashion = load_fashion_mnist(data)[0][0]
     spread = torch.linspace(0, len(fashion) - 1, count).long()
-    return {"shapes": shape_images(count, SIZE, seed=7), "fashion-mnist": fashion[spread]}
+    sets = {"shapes": shape_images(count, SIZE, seed=7), "fashion-mnist": fashion[spread]}
+    if cifar is not None:
+        sets["cifar-10"] = cifar10(cifar, "test", count)[0]
+    return sets
 
 
 @dataclass
@@ -38,11 +45,11 @@ def trapped_batch(kind: str, split: str, seed: int, images: torch.Tensor, **sett
     return one_per_sample(traps), truth
 
 
-def guarded_run(pack, model, settings, seed: int, **sampling) -> Run:
+def guarded_run(pack, model, settings, seed: int, steps: int = STEPS, **sampling) -> Run:
     """Sample a batch of the exact model under a guard with these settings."""
     guarded, report = pack.nodes.asced.guard.guard_model(model, settings)
     trajectory = Trajectory()
     shape = (BATCH, model.model.latent_format.latent_channels, SIZE, SIZE)
     with torch.inference_mode():
-        result = sample(guarded, steps=STEPS, seed=seed, latent=shape, callback=trajectory, **sampling)
+        result = sample(guarded, steps=steps, seed=seed, latent=shape, callback=trajectory, **sampling)
     return Run(result, trajectory.stack(), report.find({"samples": result}))

@@ -2,8 +2,12 @@
 
 A trap has a weight of 0.1, so that a fair redraw escapes it; counted are the samples whose unguarded run fell into
 theirs. Repaired: the region is again as probable under the clean mixture as in clean runs (their first percentile).
-Harmed: the sample was clean in the unguarded run and is not any more. The masks come from the guard's own detection,
-and once from the truth, which shows the repair by itself.
+Harmed: the sample was sound in the unguarded run and is not any more. The guard finds the regions itself; "true masks"
+replace what it finds by the truth where the run fell, which shows the repair by itself.
+
+Also: RMS distance to the run without a trap inside and outside the traps; the step across the border of what was
+renoised in units of that in the clean run; diversity, the mean distance between the samples of a batch in units of the
+unguarded runs'; and how far results with other noise seeds differ inside the repaired masks.
 """
 
 from pathlib import Path
@@ -13,60 +17,158 @@ import torch
 
 from ..exact.denoiser import ExactDenoiser
 from ..exact.model import exact_model
-from ..exact.truth import fell, repaired
-from .exact_runs import data_sets, guarded_run, trapped_batch
+from ..exact.truth import clean_floors, fell, region_log_likelihood
+from .exact_runs import BATCH, data_sets, guarded_run, trapped_batch
 
 TRAP_WEIGHT = 0.1
-SEEDS = range(12)
-GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
+SEEDS = range(8)
+GAMMAS = (0.0, 1.0, 3.0, 10.0)
+PARAMETERIZATIONS = ("eps", "flow")
+NOISE_SEEDS = 4
+CLEAN_RUNS = 8
 
 
 def cases(pack) -> dict:
-    """Name -> settings of every correction that is compared."""
+    """Name -> (settings, whether the true masks are given) of everything that is compared."""
     options = pack.nodes.asced.options
 
     def guard(strength=1.0, **finer):
         return options.GuardSettings(strength=strength, options=options.AscedOptions(**finer))
 
-    cases = {f"targeted, strength {strength}": guard(strength or 1e-9) for strength in GAMMAS}
-    cases["targeted, reverse_step 3"] = guard(reverse_step=3)
-    for correction in ("state replacement", "score clipping"):
-        cases[correction] = guard(correction=correction)
-    return cases
+    published = {"detector": "clean estimate", "correction": "targeted"}
+    table = {"default": (guard(), False), "default, 2 rounds": (guard(rounds=2), False)}
+    table["published form"] = (guard(**published), False)
+    for correction in options.CORRECTIONS:
+        table[f"{correction}, own masks"] = (guard(correction=correction), False)
+        table[f"{correction}, true masks"] = (guard(correction=correction), True)
+    for gamma in GAMMAS:
+        table[f"targeted, strength {gamma:g}, true masks"] = (guard(gamma or 1e-9, correction="targeted"), True)
+    for push in (0.5, 2.0):
+        table[f"surroundings, strength {push:g}, true masks"] = (guard(push), True)
+    return table
 
 
-def run(pack, output: Path, data: Path | None) -> dict:
-    watch = pack.nodes.asced.watch
-    figures = {}
-    for data_name, images in data_sets(data).items():
+class Tally:
+    """Sums over the runs of one case."""
+
+    def __init__(self):
+        self.repaired = self.fallen = self.harmed = self.sound = 0
+        self.inside, self.outside, self.border, self.diversity, self.calls = [], [], [], [], []
+
+    def add(self, batch: "Batch", run, border_jump) -> None:
+        good = batch.sound(run.result)
+        self.repaired += int((good & batch.fallen).sum())
+        self.fallen += int(batch.fallen.sum())
+        self.harmed += int((~good & batch.was_sound).sum())
+        self.sound += int(batch.was_sound.sum())
+        error = (run.result - batch.clean).square().mean(dim=1)
+        for values, where in ((self.inside, batch.truth), (self.outside, ~batch.truth)):
+            values += (error * where).flatten(1).sum(1).div(where.flatten(1).sum(1)).sqrt()[batch.fallen].tolist()
+        mended = batch.fallen & run.record.repaired.flatten(1).any(1)
+        jumps = [border_jump(image, run.record.repaired)[mended] for image in (run.result, batch.clean)]
+        self.border += [(one / other).item() for one, other in zip(*jumps) if other > 0]
+        self.diversity.append(spread(run.result) / spread(batch.unguarded))
+        self.calls.append(run.record.restarts)
+
+    def figures(self) -> dict:
+        def mean(values):
+            return round(sum(values) / len(values), 3) if values else None
+
+        return {
+            "repaired": round(self.repaired / max(1, self.fallen), 3), "fallen": self.fallen,
+            "harmed": round(self.harmed / max(1, self.sound), 3), "sound": self.sound,
+            "distance_inside": mean(self.inside), "distance_outside": mean(self.outside),
+            "border_step": round(torch.tensor(self.border).median().item(), 3) if self.border else None,
+            "diversity": mean(self.diversity), "restarts_per_run": mean(self.calls),
+        }
+
+
+class Batch:
+    """One trapped batch with all that is known of it: the unguarded run, the clean one, which samples fell."""
+
+    def __init__(self, pack, images, parameterization: str, seed: int, denoiser, clean_runs: torch.Tensor):
+        look = pack.nodes.asced.options.GuardSettings(mode="detect only")
+        traps, self.truth = trapped_batch("attractor", "held out", seed, images, weight=TRAP_WEIGHT)
+        self.model = exact_model(images, parameterization, traps=traps)
+        unguarded = guarded_run(pack, self.model, look, seed)
+        self.unguarded, self.seen = unguarded.result, unguarded.record.regions
+        self.clean = guarded_run(pack, exact_model(images, parameterization), look, seed).result
+        self.denoiser = denoiser
+        self.floors = clean_floors(denoiser, clean_runs, self.truth)
+        self.fallen = fell(traps[0], denoiser, self.unguarded)
+        self.was_sound = self.sound(self.unguarded)
+
+    def sound(self, result: torch.Tensor) -> torch.Tensor:
+        return region_log_likelihood(self.denoiser, result, self.truth) >= self.floors
+
+    @property
+    def found(self) -> torch.Tensor:
+        """Which fallen samples the default detector sees at all."""
+        return self.fallen & (self.seen & self.truth).flatten(1).any(1)
+
+
+def spread(images: torch.Tensor) -> float:
+    """Mean distance between the samples of a batch."""
+    return torch.pdist(images.flatten(1)).mean().item()
+
+
+def guarded(pack, batch: Batch, settings, seed: int, true_masks: bool):
+    """A guarded run of the batch; with true masks what the guard finds is replaced by the truth where the run fell."""
+    if not true_masks:
+        return guarded_run(pack, batch.model, settings, seed)
+    detector = pack.nodes.asced.detector
+    known = batch.truth & batch.fallen[:, None, None]
+    blank = torch.zeros(known.shape)
+    with mock.patch.object(
+        pack.nodes.asced.watch.Watch, "_findings", lambda *_: detector.Findings(known, blank, blank)
+    ):
+        return guarded_run(pack, batch.model, settings, seed)
+
+
+def noise_diversity(pack, batch: Batch, settings, seed: int) -> float:
+    """RMS difference inside the repaired masks between results with other noise seeds, over the samples that fell."""
+    from dataclasses import replace
+
+    results, masks = [], []
+    for noise_seed in range(NOISE_SEEDS):
+        other = replace(settings, options=replace(settings.options, noise_seed=noise_seed))
+        run = guarded(pack, batch, other, seed, True)
+        results.append(run.result)
+        masks.append(run.record.repaired)
+    inside = masks[0][:, None] & batch.fallen[:, None, None, None]
+    deviation = torch.stack(results).var(dim=0) * inside
+    return (deviation.sum() / inside.expand_as(deviation).sum().clamp(min=1)).sqrt().item()
+
+
+def run(pack, output: Path, data: Path | None, cifar: Path | None = None) -> dict:
+    border_jump = pack.kernels.seams.border_jump
+    look = pack.nodes.asced.options.GuardSettings(mode="detect only")
+    figures, total = {}, {}
+    found = fallen = 0
+    diversity: dict = {}
+    for data_name, images in data_sets(data, cifar).items():
         denoiser = ExactDenoiser(images, 0.05)
-        for parameterization in ("eps", "flow"):
-            counts: dict = {}
-            detect_only = pack.nodes.asced.options.GuardSettings(mode="detect only")
-            clean = torch.cat([
-                guarded_run(pack, exact_model(images, parameterization), detect_only, 10_000 + s).result for s in range(8)
+        for parameterization in PARAMETERIZATIONS:
+            clean_runs = torch.cat([
+                guarded_run(pack, exact_model(images, parameterization), look, 10_000 + s).result
+                for s in range(CLEAN_RUNS)
             ])
+            tallies: dict = {}
             for seed in SEEDS:
-                traps, truth = trapped_batch("attractor", "held out", seed, images, weight=TRAP_WEIGHT)
-                model = exact_model(images, parameterization, traps=traps)
-                unguarded = guarded_run(pack, model, detect_only, seed)
-                fallen = fell(traps[0], denoiser, unguarded.result)
-                sound = repaired(denoiser, unguarded.result, truth, clean)
-                for name, settings in cases(pack).items():
-                    for masks in ("found", "true"):
-                        # The truth stands in for detection where fallen: the same restart, only its mask differs.
-                        known = mock.patch.object(watch, "keep_regions", lambda *_: truth & fallen[:, None, None])
-                        with known if masks == "true" else mock.patch.object(watch, "keep_regions", watch.keep_regions):
-                            result = guarded_run(pack, model, settings, seed).result
-                        good = repaired(denoiser, result, truth, clean)
-                        row = counts.setdefault((name, masks), [0, 0, 0, 0])
-                        row[0] += int((good & fallen).sum())
-                        row[1] += int(fallen.sum())
-                        row[2] += int((~good & sound).sum())
-                        row[3] += int(sound.sum())
-            for (name, masks), (good, fallen_count, harmed, sound_count) in counts.items():
-                figures.setdefault(f"{data_name}, {parameterization}", {})[f"{name}, {masks} masks"] = {
-                    "repaired": good / max(1, fallen_count), "fallen": fallen_count,
-                    "harmed": harmed / max(1, sound_count),
-                }
-    return figures
+                batch = Batch(pack, images, parameterization, seed, denoiser, clean_runs)
+                found, fallen = found + int(batch.found.sum()), fallen + int(batch.fallen.sum())
+                for name, (settings, true_masks) in cases(pack).items():
+                    result = guarded(pack, batch, settings, seed, true_masks)
+                    for book in (tallies, total):
+                        book.setdefault(name, Tally()).add(batch, result, border_jump)
+                if seed == SEEDS[0]:
+                    for correction in ("surroundings", "state replacement"):
+                        settings, _ = cases(pack)[f"{correction}, true masks"]
+                        diversity.setdefault(correction, []).append(noise_diversity(pack, batch, settings, seed))
+            figures[f"{data_name}, {parameterization}"] = {name: tally.figures() for name, tally in tallies.items()}
+            print(f"{data_name}, {parameterization}: {tallies['default'].figures()}", flush=True)
+    return figures | {
+        "all": {name: tally.figures() for name, tally in total.items()},
+        "found": {"of_the_fallen": round(found / max(1, fallen), 3), "fallen": fallen, "batch": BATCH},
+        "difference_between_noise_seeds": {name: round(sum(v) / len(v), 3) for name, v in diversity.items()},
+    }

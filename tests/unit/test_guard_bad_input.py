@@ -55,7 +55,7 @@ def test_damaged_latent(value):
 
 def test_damaged_nested_latent():
     """The same of a latent with several parts, in any of them."""
-    model = exact_model(torch.cat([images().flatten(1), torch.zeros(5, 8)], dim=1)[:, None])
+    model = exact_model(torch.cat([images().flatten(1), torch.zeros(len(images()), 8)], dim=1)[:, None])
     nested = comfy.nested_tensor.NestedTensor([images(BATCH), torch.full((BATCH, 2, 4), torch.nan)])
     with pytest.raises(ValueError, match="latent holds NaN"):
         Run(guard(model)[0], latent={"samples": nested}).start()
@@ -143,10 +143,10 @@ def test_manual_window_without_two_model_calls(detect_from, correct_at, reason):
 def test_advice_on_windows_works(steps):
     """Who sets what the message says gets a window."""
     ratios = [float(steps - step) for step in range(steps)]
-    advice = float(re.search("Set correct_at to ([0-9.]+)", plan_window(ratios, "manual", 0.0, 1.0))[1])
-    assert isinstance(plan_window(ratios, "manual", 0.0, advice), Window)
-    advice = float(re.search("Widen it by at least ([0-9.]+)", plan_window(ratios, "manual", 0.0, 0.0))[1])
-    assert isinstance(plan_window(ratios, "manual", 0.0, advice), Window)
+    advice = float(re.search("Set correct_at to ([0-9.]+)", plan_window(ratios, "manual", 0.0, 1.0, (12.0, 1.6)))[1])
+    assert isinstance(plan_window(ratios, "manual", 0.0, advice, (12.0, 1.6)), Window)
+    advice = float(re.search("Widen it by at least ([0-9.]+)", plan_window(ratios, "manual", 0.0, 0.0, (12.0, 1.6)))[1])
+    assert isinstance(plan_window(ratios, "manual", 0.0, advice, (12.0, 1.6)), Window)
 
 
 def test_rising_schedule():

@@ -65,11 +65,11 @@ def test_nested_latents():
     def packed(image, audio):
         return comfy.utils.pack_latents([image, audio])
 
-    audio = torch.randn(5, 2, 7, generator=torch.Generator().manual_seed(0))
+    audio = torch.randn(len(images()), 2, 7, generator=torch.Generator().manual_seed(0))
     data, shapes = packed(images(), audio)
     mask = packed(trap([1]).mask[:, None].expand(-1, CHANNELS, -1, -1), torch.zeros(BATCH, 2, 7, dtype=torch.bool))[0]
     model = exact_model(data, traps=[ScriptedTrap(mask, torch.ones(1, 1, data.shape[-1]), 10.0, (TRAP_AT,))])
-    guarded, report = guard(model)
+    guarded, report = guard(model, sensitivity=0.8)
     nested = comfy.nested_tensor.NestedTensor([empty()["samples"], torch.zeros(BATCH, 2, 7)])
     run = Run(guarded, latent={"samples": nested}).start()
     (record,) = report.runs
@@ -148,10 +148,11 @@ def test_corrections(detector, kind):
     """Every correction finds the same regions and changes these alone; what they put there is what they say.
 
     The trap adds 40 to D: `targeted` starts from that, `state replacement` and enough `reverse_step` from before it,
-    and clipping leaves less of it than there was."""
+    clipping leaves less of it than there was, and `surroundings` goes half as far to the other side."""
     level, masks = {}, []
     for name, options in {
-        "targeted": {}, "earlier": {"reverse_step": 3}, "replaced": {"correction": "state replacement"},
+        "targeted": {"correction": "targeted"}, "earlier": {"correction": "targeted", "reverse_step": 3},
+        "surroundings": {"correction": "surroundings"}, "replaced": {"correction": "state replacement"},
         "clipped": {"correction": "score clipping"},
     }.items():
         manual = {"window": "manual", "detect_from": 0.0, "correct_at": 0.2}
@@ -167,6 +168,7 @@ def test_corrections(detector, kind):
         level["before"] = run.state_before(1)[1][(..., *SQUARE)].mean().item() / signal
         masks.append(record.regions)
     assert all(torch.equal(masks[0], mask) for mask in masks)
+    assert level["surroundings"] == pytest.approx(-20, abs=3)
     assert level["targeted"] > 30 and max(abs(level["earlier"]), abs(level["replaced"])) < 5
     assert level["clipped"] < level["before"] - 10
 
@@ -191,7 +193,7 @@ def test_the_report_finds_the_run_of_a_latent():
 
 def test_sampler_and_report_nodes():
     """KSampler (ASCED) is guard and KSampler in one, and ASCED Report says what was found, done and spent."""
-    model, settings = trapped_model(), ("correct", 0.2, 1.0)
+    model, settings = trapped_model(), ("correct", 1.0, 1.0)
     with torch.inference_mode():
         latent, mask, report = ASCEDKSampler.execute(
             model, 3, STEPS, 1.0, "euler", "simple", conditioning(), conditioning(), empty(), 1.0, *settings).result

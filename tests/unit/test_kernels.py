@@ -7,7 +7,9 @@ from artifact_guard.kernels import regions
 from artifact_guard.kernels.renoise import renoise
 from artifact_guard.kernels.robust_threshold import robust_threshold, sample_median
 from artifact_guard.kernels.score_dynamics import change_speed, gaussian_blur
-from artifact_guard.nodes.asced.detector import CleanEstimateDetector, Estimate, blur_sigma, keep_regions
+from artifact_guard.nodes.asced.detector import keep_regions
+from artifact_guard.nodes.asced.estimate import Estimate
+from artifact_guard.nodes.asced.published import CleanEstimateDetector
 from artifact_guard.nodes.asced.options import AscedOptions
 from scipy import ndimage
 
@@ -276,7 +278,7 @@ def smooth_trajectory(size, steps=4, batch=4, channels=3):
 def test_masks_equal_the_published_rule(size):
     """The pack's clean-estimate detector at its defaults gives the published rule's masks, pixel for pixel."""
     denoised, options = smooth_trajectory(size), AscedOptions()
-    detector = CleanEstimateDetector(3.0, blur_sigma(options, min(size)))
+    detector = CleanEstimateDetector(options, 1.0, min(size))
     steps = [Estimate(d, d, 1.0, 1.0) for d in denoised]
     abnormal = torch.stack([detector.judge(*pair)[0] for pair in zip(steps, steps[1:])]).any(0)
     wanted = published.detect(denoised.numpy())

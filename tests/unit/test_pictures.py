@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from artifact_guard.nodes.asced.detector import Findings
 from artifact_guard.nodes.asced.options import GuardSettings
 from artifact_guard.nodes.asced.pictures import draw_curves, draw_overlay, phase_bands
 from artifact_guard.nodes.asced.report import RunRecord
-from artifact_guard.nodes.asced.window import Window
+from artifact_guard.nodes.asced.window import Window, estimate_phases
 from artifact_guard.nodes.demo.model import PixelLatent
 from artifact_guard.nodes.latents import FrameLayout
 from artifact_guard.nodes.plots import BACKGROUND, LINE_COLOURS, REGION_COLOUR, Panel, draw_chart, draw_regions
@@ -48,34 +49,52 @@ def test_large_and_rgba_images_keep_their_size_and_lose_alpha():
     assert draw_regions(torch.rand(1, 300, 520, 4), torch.zeros(1, 30, 52)).shape == (1, 300, 520, 3)
 
 
+SPEEDS = [1.0, 4.0, 3.0, 1.0, 1.0]
+
+
 def record_of_a_run(batch: int = 2) -> RunRecord:
+    """A run whose mean speed over ln(b / a) is SPEEDS; in a square of the first sample it is three times as fast."""
     record = RunRecord(GuardSettings(), FrameLayout.of([(batch, 3, 32, 32)]), PixelLatent())
     record.plan(Window(1, 3), [9.0, 6.0, 4.0, 3.0, 1.0, 0.5])
-    for ratio in record.ratios[1:]:
-        speed = torch.ones(batch, 32, 32)
-        speed[0, 4:8, 4:8] = 3.0
-        record.add_speed(ratio, speed)
-    regions = torch.zeros(batch, 32, 32, dtype=torch.bool)
-    regions[0, 4:8, 4:8] = True
-    record.add_regions(regions)
+    square = torch.zeros(batch, 32, 32, dtype=torch.bool)
+    square[0, 4:8, 4:8] = True
+    for ratio, level in zip(record.ratios[1:], SPEEDS):
+        record.add_speed(ratio, 2.0, level * torch.where(square, 3.0, 1.0))
+    record.add_findings(Findings(square, square * 2.5, square * 4.0))
+    record.add_repair(square)
     record.close(torch.zeros(batch, 3, 32, 32))
     return record
 
 
 def test_speeds_are_means_inside_and_outside_of_the_regions():
     inside, outside = record_of_a_run().speeds()
-    assert torch.allclose(inside, torch.full((5,), 3.0)) and torch.allclose(outside, torch.ones(5))
+    assert torch.allclose(inside, 3 * torch.tensor(SPEEDS)) and torch.allclose(outside, torch.tensor(SPEEDS))
     nothing = record_of_a_run()
     nothing.regions = torch.zeros_like(nothing.regions)
     inside, outside = nothing.speeds()
     assert inside.isnan().all() and outside.isfinite().all()
 
 
-def test_phases_follow_the_window():
-    # Curves begin at the second step, b/a 6: the window's first step is position 0, its last position 2.
+def test_phases_are_those_of_the_run():
+    # Half of the top speed, 2, is passed after the first value and before the fourth.
     assert phase_bands(record_of_a_run()) == [
-        ("Profiling", 0.0, 0.0), ("Mutation", 0.0, 2.0), ("Refinement", 2.0, 4.0)
+        ("Profiling", 0.0, 1.0), ("Mutation", 1.0, 3.0), ("Refinement", 3.0, 4.0)
     ]
+    assert estimate_phases([9.0, 1.0, 4.0], [math.inf, 1.0, 1.0]) == (2, 3), "a step from pure noise has no rate"
+
+
+def test_the_summary_tells_of_every_region():
+    record = record_of_a_run()
+    described = record.summary()["images"][0]
+    assert described["phases"] == {"mutation_from": 4.0, "refinement_from": 1.0}
+    (region,) = described["regions"]
+    assert region["area"] == 16 / 1024 and region["peak"] == 2.5 and region["outcome"] == "repaired"
+    assert region["onset"] == {"step": 2, "noise_ratio": 4.0}
+    record.undone = record.regions
+    assert "undone" in record.summary()["images"][0]["regions"][0]["outcome"]
+    record.fallen_back = record.regions
+    assert "much the same" in record.summary()["images"][0]["regions"][0]["outcome"]
+    assert record.summary()["images"][1]["verdict"] == "clean"
 
 
 def test_curves_and_overlay_of_a_run():

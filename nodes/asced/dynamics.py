@@ -1,0 +1,158 @@
+"""The pack's own detector: bursts that freeze, and regions that still move when the rest of the image has settled.
+
+ASCED (section 3.1) describes an artifact as acceleration of the score followed by deceleration; its rule tests the
+speed alone and takes every fast change for an artifact. Here, with s = ln(b / a), the position in the schedule that all
+models share, and V_t = (D_t - D_(t-1)) / |s_t - s_(t-1)|, everything compared within one frame at one step:
+
+burst     |s_t - s_(t-1)| * |V_t - (V_(t-1) + V_(t+1)) / 2| in the pixel's largest channel, minus its median over the
+          frame, in units of the largest of: its MAD; a tenth of the largest MAD so far, as a settled frame has hardly
+          any; and a part of the step's motion (the 0.9 quantile of |D_t - D_(t-1)|), since where much moves, it moves
+          unevenly.
+straggler |D_t - D_u| / |s_t - s_u| in the largest channel, u being a step of 1.3 times the noise ratio or more, in
+          units of the larger of: 4 times its own 0.85 quantile, as late detail has a heavy tail; and a quarter of the
+          largest median so far. It counts below a noise ratio of 3.2.
+
+Both are divided by the value at which they are called abnormal, so that 1 is the limit. The constants were chosen on
+the develop split of tests/exact/trap_families.py (exact denoisers of shapes and CIFAR-10, and the demo model), so that
+clean runs of the exact denoisers stay unflagged and few pictures of the demo model are flagged; `dev.py bench
+detection` reports on the held-out split and other data.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ...kernels.regions import grow_from
+from ...kernels.robust_threshold import NORMAL_CONSISTENCY, robust_threshold, sample_median, sample_quantile
+from ...kernels.score_dynamics import change_speed
+from .detector import Detector, Findings, keep_regions
+from .estimate import Estimate
+from .options import AscedOptions
+
+BURST_LIMIT = 10.0
+BURST_MAD_FLOOR = 0.1
+BURST_MOTION, BURST_QUANTILE = 0.15, 0.9
+STRAGGLER_LIMIT = 2.3
+STRAGGLER_TAIL, STRAGGLER_QUANTILE = 4.0, 0.85
+STRAGGLER_FLOOR = 0.05
+STRAGGLER_SPAN = math.log(1.3)
+STRAGGLER_RATIO = 3.2
+
+WEAK = 0.5
+"""Hysteresis: a region reaches out to the pixels whose score is above this share of the limit."""
+
+LEAST_STEP = 0.09
+"""Estimates closer than this in ln(b / a) are compared as one step, so that 200 steps show what 25 steps show."""
+
+
+@dataclass
+class Move:
+    """A change of the clean estimate: velocity V_t (F, C, H, W), length in ln(b / a), noise ratio where it began."""
+
+    velocity: torch.Tensor
+    length: float
+    ratio: float
+    before: "torch.Tensor | None" = None
+
+
+class DynamicsDetector(Detector):
+    """See the module. State: two velocities, up to four estimates and the running maps, whatever the number of steps."""
+
+    auto_window = (8.0, 1.6)
+
+    def __init__(self, options: AscedOptions, sensitivity: float, shorter_side: int):
+        super().__init__(options)
+        self.sensitivity = sensitivity
+        self.past: list[tuple[float, torch.Tensor]] = []
+        self.move: Move | None = None
+        self.valid: torch.Tensor | None = None
+        self.largest_mad: torch.Tensor | None = None
+        self.largest_motion: torch.Tensor | None = None
+
+    def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
+        if not self.past and math.isfinite(previous.position):
+            self.past.append((previous.position, previous.denoised.float()))
+        if not self.past or not math.isfinite(current.position):
+            return
+        position, denoised = self.past[-1]
+        length = position - current.position
+        if length < LEAST_STEP:
+            return
+        self.valid = valid
+        velocity = (current.denoised.float() - denoised) / length
+        if self.move is not None:
+            self._take(self._burst(self.move, velocity), self.move.ratio)
+        self.past.append((current.position, current.denoised.float()))
+        self._straggler()
+        self.move = Move(velocity, length, math.exp(position), None if self.move is None else self.move.velocity)
+
+    def change_limit(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> torch.Tensor | None:
+        """As published, without blur: this detector judges bends of the path and has no limit for one change alone."""
+        change = change_speed(current.denoised, previous.denoised, 0.0)
+        return robust_threshold(change, 3.0 / self.sensitivity, None if valid is None else valid[:, None])
+
+    def findings(self, frames_per_sample: int = 1) -> Findings | None:
+        if self.move is not None and self.move.before is not None:  # the last change: known from its one side only
+            self._take(self._burst(self.move, None), self.move.ratio)
+            self.move = None
+        if self.peak is None:
+            return None
+        strong, weak = self.peak > 1.0, self.peak > WEAK
+        regions = grow_from(support_in_time(strong, frames_per_sample), weak)
+        return Findings(keep_regions(regions, self.options), self.peak, self.onset)
+
+    def _take(self, score: torch.Tensor, ratio: float) -> None:
+        score = score * self.sensitivity
+        if self.valid is not None:
+            score = score.masked_fill(~self.valid, 0.0)
+        self.take(score, score > WEAK, ratio)
+
+    def _burst(self, move: Move, after: torch.Tensor | None) -> torch.Tensor:
+        """Score of the change `move`, (F, H, W), against the one before it and the one after it."""
+        sides = [side for side in (move.before, after) if side is not None]
+        bend = (move.velocity - sum(sides) / len(sides)).abs().amax(dim=1) * move.length
+        flat, valid = bend.flatten(1), None if self.valid is None else self.valid.flatten(1)
+        median = sample_median(flat, valid)
+        mad = NORMAL_CONSISTENCY * sample_median((flat - median[:, None]).abs(), valid)
+        self.largest_mad = mad if self.largest_mad is None else torch.maximum(self.largest_mad, mad)
+        motion = sample_quantile(move.velocity.abs().amax(dim=1), BURST_QUANTILE, self.valid) * move.length
+        unit = torch.maximum(BURST_MAD_FLOOR * self.largest_mad, BURST_MOTION * motion)
+        return scaled(bend - median[:, None, None], BURST_LIMIT * torch.maximum(unit, mad))
+
+    def _straggler(self) -> None:
+        """Compare the newest estimate with the newest one that is far enough back; forget what is further."""
+        position, denoised = self.past[-1]
+        far = [i for i, (other, _) in enumerate(self.past) if other - position >= STRAGGLER_SPAN - 1e-6]
+        if not far:
+            return
+        self.past = self.past[far[-1]:]
+        start, reference = self.past[0]
+        speed = (denoised - reference).abs().amax(dim=1) / (start - position)
+        motion = sample_quantile(speed, 0.5, self.valid)
+        self.largest_motion = motion if self.largest_motion is None else torch.maximum(self.largest_motion, motion)
+        if position > math.log(STRAGGLER_RATIO):
+            return
+        tail = STRAGGLER_TAIL * sample_quantile(speed, STRAGGLER_QUANTILE, self.valid)
+        unit = torch.maximum(tail, STRAGGLER_FLOOR * self.largest_motion)
+        self._take(scaled(speed, STRAGGLER_LIMIT * unit), math.exp(start))
+
+
+def scaled(signal: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """signal (F, H, W) in units of limit (F,); 0 where the limit is 0, as nothing moved at all."""
+    limit = limit[:, None, None]
+    return torch.where(limit > 0, signal / limit, 0.0)
+
+
+def support_in_time(strong: torch.Tensor, frames_per_sample: int) -> torch.Tensor:
+    """Strong pixels of each frame and of the frames beside it in the same video: (F, H, W) bool, F = batch x time.
+
+    A region that is strong in one frame is then followed through the next ones as long as it stays weakly visible.
+    """
+    if frames_per_sample == 1:
+        return strong
+    strong = strong.unflatten(0, (-1, frames_per_sample))
+    supported = strong.clone()
+    supported[:, 1:] |= strong[:, :-1]
+    supported[:, :-1] |= strong[:, 1:]
+    return supported.flatten(0, 1)
