@@ -70,14 +70,15 @@ def weight_shapes(channels: int, classes: int, condition_dim: int) -> dict[str, 
 
 
 def initial_weights(channels: int, classes: int, condition_dim: int, seed: int) -> dict[str, torch.Tensor]:
-    """Weights to begin training with, uniform within 1 / sqrt(fan in) as torch's own layers: ComfyUI's have none."""
+    """Weights to begin training with, normal with variance 2 / (fan in) as suits ReLU (He et al. 2015); biases 0.
+    ComfyUI's layers come without any.
+    """
     random = torch.Generator().manual_seed(seed % 2**63)
-    shapes = weight_shapes(channels, classes, condition_dim)
-    weights = {}
-    for name, shape in shapes.items():
-        fan_in = math.prod(shapes[name.replace(".bias", ".weight")][1:])
-        weights[name] = (2.0 * torch.rand(shape, generator=random) - 1.0) / math.sqrt(fan_in)
-    return weights
+    return {
+        name: torch.randn(shape, generator=random) * math.sqrt(2.0 / math.prod(shape[1:])) if len(shape) > 1
+        else torch.zeros(shape)
+        for name, shape in weight_shapes(channels, classes, condition_dim).items()
+    }
 
 
 def build_network(weights: dict[str, torch.Tensor], channels: int, classes: int, condition_dim: int) -> TimeNetwork:

@@ -91,6 +91,14 @@ def train_steps(trainer: Trainer, steps: int) -> tuple[list[float], bool]:
     return losses, False
 
 
+def judged(predictor: TimePredictor, held: TrainingData, schedule: Schedule) -> float:
+    """The held-out time gap. A cancellation that arrives here comes too late: there is nothing left to stop."""
+    try:
+        return held_out_time_gap(predictor.network, predictor.levels, held, schedule)
+    except comfy.model_management.InterruptProcessingException:
+        return held_out_time_gap(predictor.network, predictor.levels, held, schedule)
+
+
 class TAGTrainTimePredictor(io.ComfyNode):
     """Trains a time predictor for a model on clean latents."""
 
@@ -139,8 +147,7 @@ class TAGTrainTimePredictor(io.ComfyNode):
             trainer = Trainer(predictor, kept, settings, comfy.model_management.get_torch_device())
             losses, cancelled = train_steps(trainer, steps)
             result = trainer.result()
-            schedule = Schedule.of(model.get_model_object("model_sampling"))
-            gap = held_out_time_gap(result.network, result.levels, held, schedule)
+            gap = judged(result, held, Schedule.of(model.get_model_object("model_sampling")))
         title = f"{len(losses)} steps, {result.steps} in all; held-out time gap {gap:.1f}"
         if cancelled:
             title = f"Cancelled after {len(losses)} of {steps} steps; what was learned is kept. Time gap {gap:.1f}"

@@ -15,7 +15,7 @@ from .data import load_fashion_mnist
 from .tag_runs import PREDICTOR, Features, guided, noisy_euler
 
 NOISES = (0.0, 0.05, 0.1, 0.2, 0.3)
-STEPS, COUNT, BATCH = 20, 128, 64
+STEPS, COUNT, BATCH = 20, 64, 64
 FEW_STEPS = (1, 3, 5, 10)
 CFG, CFG_NOISE = 2.5, 0.1
 HARD_NOISE = 0.2
@@ -76,6 +76,5 @@ def run(pack, output, data) -> dict:
         compare(f"noise {noise}", DEFAULT | (OTHERS if noise == HARD_NOISE else {}), noise=noise, steps=STEPS)
     for steps in FEW_STEPS:
         compare(f"{steps} steps", DEFAULT, noise=0.0, steps=steps)
-    for noise in (0.0, CFG_NOISE):
-        compare(f"CFG {CFG}, noise {noise}", DEFAULT, noise=noise, steps=STEPS, cfg=CFG)
+    compare(f"CFG {CFG}, noise {CFG_NOISE}", DEFAULT, noise=CFG_NOISE, steps=STEPS, cfg=CFG)
     return figures

@@ -1,0 +1,226 @@
+"""The time predictor and its training: any size and channels, seeded, resumable, kept when cancelled."""
+
+import comfy.model_management
+import comfy.utils
+import pytest
+import torch
+from artifact_guard.nodes.tag import train_node
+from artifact_guard.nodes.tag.compatibility import kind_of
+from artifact_guard.nodes.tag.levels import Schedule
+from artifact_guard.nodes.tag.predictor import TimeNetwork, build_network, initial_weights
+from artifact_guard.nodes.tag.schema import TAGTrainTimePredictor
+from artifact_guard.nodes.tag.training import TrainingData, held_out_time_gap, noised
+from tests.bench.train_time_predictor import RATES
+
+from tests.exact.denoiser import ExactDenoiser
+from tests.exact.model import conditioning, exact_model
+from tests.exact.time_posterior import log_time_posterior
+from tests.unit.tag_support import fresh_predictor, guide, images, model, trainer
+
+
+def steps(work, count):
+    return [work.step() for _ in range(count)]
+
+
+def weights(predictor):
+    return predictor.network.state_dict()
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def train_node_run(patcher=None, latents=None, **settings):
+    widgets = {"steps": 3, "batch_size": 8, "learning_rate": 1e-3, "seed": 0} | settings
+    with torch.inference_mode():
+        return TAGTrainTimePredictor.execute(
+            patcher or model(), {"samples": images()} if latents is None else latents, **widgets).result
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (3, 4, 64, 64), (1, 16, 17, 33), (2, 128, 5, 2)])
+def test_network_takes_any_size_and_channels(shape):
+    weights = initial_weights(shape[1], 64, 0, seed=1)
+    network = build_network(weights, shape[1], 64, 0)
+    assert network(torch.randn(shape)).shape == (shape[0], 64)
+    assert network(torch.randn(shape).half()).dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_published_size():
+    """Pooled before the linear layer it has 0.45 M parameters at 256 classes, for every image size."""
+    network = TimeNetwork(3)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 454_208
+
+
+def test_a_condition_changes_the_answer_and_none_is_none():
+    network = build_network(initial_weights(3, 16, 5, seed=1), 3, 16, 5)
+    u = torch.randn(2, 3, 16, 16)
+    none = network(u)
+    assert torch.equal(none, network(u, torch.zeros(1, 5)))
+    assert not torch.allclose(none, network(u, torch.ones(1, 5)))
+
+
+def test_training_learns_levels():
+    """Some steps bring the loss under chance, ln 256 = 5.55, and the held-out gap far under a guess's 250."""
+    bare = model()
+    work = trainer(fresh_predictor(bare), rate=3e-3, batch=16)
+    losses = steps(work, 200)
+    assert losses[0] == pytest.approx(5.545, abs=0.1) and sum(losses[-20:]) / 20 < 5.2
+    predictor = work.result()
+    schedule = Schedule.of(bare.get_model_object("model_sampling"))
+    assert held_out_time_gap(predictor.network, predictor.levels, TrainingData(images()), schedule) < 150
+
+
+def test_held_out_gap_of_a_perfect_judge_is_its_grid():
+    """The exact posterior of the data finds every time up to 500 within a few of 1000."""
+    schedule = Schedule.of(model().get_model_object("model_sampling"))
+    levels, denoiser = schedule.grid(), ExactDenoiser(images(), 1e-3)
+    sigmas = torch.exp(-0.5 * levels.double())
+    gap = held_out_time_gap(
+        lambda u, condition: log_time_posterior(denoiser, u, sigmas), levels, TrainingData(images()), schedule,
+        draws=64, latest=500.0)
+    assert 0.3 < gap < 12
+
+
+def test_noised_frames_lie_at_their_class():
+    levels = torch.linspace(-4, 6, 11)
+    u, labels = noised(torch.zeros(2000, 1, 4, 4), levels, torch.Generator().manual_seed(0))
+    assert labels.min() == 0 and labels.max() == 10
+    for label in (2, 5, 8):
+        variance = u[labels == label].var().item()
+        assert variance == pytest.approx(torch.sigmoid(-levels[label]).item(), rel=0.15)
+
+
+def test_interrupted_and_gone_on_with_equals_uninterrupted():
+    """Weights, averages and Adam's moments, bit for bit."""
+    whole = trainer(fresh_predictor(model()))
+    steps(whole, 6)
+    first = trainer(fresh_predictor(model()))
+    steps(first, 2)
+    second = trainer(first.result())
+    steps(second, 4)
+    one, other = whole.result(), second.result()
+    assert one.steps == other.steps == 6 and equal(weights(one), weights(other)) and one.identity == other.identity
+    assert equal(one.training.weights, other.training.weights) and equal(one.training.second, other.training.second)
+
+
+def test_going_on_leaves_the_predictor_it_began_with():
+    first = trainer(fresh_predictor(model()))
+    steps(first, 2)
+    before = first.result()
+    copies = {name: weight.clone() for name, weight in weights(before).items()}
+    second = trainer(before)
+    steps(second, 2)
+    assert equal(weights(before), copies) and second.result().identity != before.identity
+
+
+def test_average_follows_the_weights():
+    work = trainer(fresh_predictor(model()), rate=0.1)
+    steps(work, 3)
+    predictor = work.result()
+    assert not equal(weights(predictor), predictor.training.weights)
+
+
+def test_node_trains_and_shows(monkeypatch):
+    """Same seed, same predictor; another seed, another; live previews; what it is for."""
+    shown = []
+    monkeypatch.setattr(train_node, "PREVIEW_EVERY", 2)
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda *a: shown.append(a[1:]))
+    one, curve, gap = train_node_run()
+    assert equal(weights(one), weights(train_node_run()[0])) and one.identity != train_node_run(seed=1)[0].identity
+    assert curve.shape[0] == 1 and 0 < gap < 1000 and one.steps == 3 and one.kind == kind_of(model())
+    assert [s[0] for s in shown[:3]] == [1, 2, 3] and shown[0][2] is None and shown[1][2][0] == "JPEG"
+    further, _, _ = train_node_run(time_predictor=one)
+    assert further.steps == 6
+
+
+def test_cancelling_keeps_what_was_learned(monkeypatch, caplog):
+    """Cancelled in its third step, the node gives the predictor of two steps; the flag is taken down."""
+    real, calls = train_node.Trainer.step, []
+
+    def step(self):
+        calls.append(None)
+        if len(calls) == 3:
+            comfy.model_management.interrupt_current_processing(True)
+        return real(self)
+
+    expected = train_node_run(steps=2)[0]
+    monkeypatch.setattr(train_node.Trainer, "step", step)
+    with caplog.at_level("INFO"):
+        predictor, _, gap = train_node_run(steps=50)
+    assert predictor.steps == 2 and equal(weights(predictor), weights(expected)) and gap > 0
+    assert "Cancelled after 2 of 50 steps; what was learned is kept" in caplog.text
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    monkeypatch.undo()
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train_node_run()
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 16, 16), (4, 16, 9, 12)])
+def test_video_and_odd_sizes_train(shape):
+    bare = exact_model(torch.rand(3, *shape[1:]) * 2 - 1, "flow")
+    predictor, _, _ = train_node_run(bare, {"samples": torch.randn(shape)})
+    assert predictor.kind.channels == shape[1] and predictor.size == shape[-2:]
+
+
+def test_conditions():
+    """One for each latent or one for all, of any length of tokens; a predictor keeps to its kind."""
+    tokens = [[torch.randn(1, 7, 5), {}] for _ in range(12)]
+    predictor, _, _ = train_node_run(conditioning=tokens)
+    assert predictor.condition_dim == 5
+    assert train_node_run(conditioning=tokens[:1])[0].condition_dim == 5
+    with pytest.raises(ValueError, match="conditioning: 3 conditions came for 12 latents. Give one"):
+        train_node_run(conditioning=tokens[:3])
+    with pytest.raises(ValueError, match="takes conditions of width 5 .* and width 1 came"):
+        train_node_run(conditioning=conditioning(), time_predictor=predictor)
+    with pytest.raises(ValueError, match="width 0 came"):
+        train_node_run(time_predictor=predictor)
+
+
+def with_nan():
+    samples = images().clone()
+    samples[3, 0, 2, 2] = float("nan")
+    return samples
+
+
+@pytest.mark.parametrize("samples, message", [
+    (torch.zeros(0, 3, 16, 16), "latents: an empty batch"),
+    (torch.zeros(1, 3, 16, 16), "latents: a single one came. At least two are wanted"),
+    (torch.zeros(4, 3, 16), "without an image part"),
+    (torch.zeros(4, 4, 16, 16), "4 channels and this model works on 3"),
+    (with_nan(), "NaN or infinite values"),
+])
+def test_bad_latents_are_refused(samples, message):
+    with pytest.raises(ValueError, match=message):
+        train_node_run(latents={"samples": samples})
+
+
+def test_latents_go_through_process_latent_in():
+    """A format that scales: the predictor is trained on what the model works on, not on the LATENT's numbers."""
+    bare = model()
+    bare.model.latent_format.scale_factor = 0.5
+    data = train_node.training_data(bare, {"samples": images()}, None)
+    assert torch.allclose(data.frames, images() * 0.5)
+
+
+@pytest.mark.parametrize("other, message", [
+    (lambda: model("flow"), "prediction type EPS, while the model has FLOW"),
+    (lambda: exact_model(torch.rand(3, 4, 16, 16), "eps"), "latent channels 3, while the model has 4"),
+    (lambda: model("eps", sampling_settings={"linear_start": 1e-5, "linear_end": 0.1}), "noise schedule log-SNR"),
+])
+def test_a_predictor_for_another_model_is_refused(other, message):
+    with pytest.raises(ValueError, match=f"time_predictor: this predictor .*{message}.* Train one for this model"):
+        guide(other(), fresh_predictor(model("eps")))
+
+
+def test_shift_of_a_flow_model_is_no_other_schedule():
+    """The levels are log-SNRs: the shift for another resolution does no harm."""
+    predictor = fresh_predictor(model("flow", sampling_settings={"shift": 1.0}))
+    guide(model("flow", sampling_settings={"shift": 1.6}), predictor)
+    with pytest.raises(ValueError, match="noise schedule"):
+        guide(model("flow", sampling_settings={"shift": 8.0}), predictor)
+
+
+def test_shares_of_the_shipped_predictors_rates_are_whole():
+    assert sum(share for share, _ in RATES) == pytest.approx(1.0)
