@@ -18,8 +18,9 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ...kernels.kv_scale import scale_tokens
 from ..latents import FrameLayout, soft_mask_to_frames
 from .blocks import parse_blocks, running_block
+from .calls import Call, Sampled, model_call, pad_of, sampled_latent
 from .families import CASCADE, OVERRIDE, UNET, Family, family_of
-from .token_maps import CallView, level_grid, pool_tokens, resize_tokens, view_maps
+from .token_maps import level_grid, pool_tokens, resize_tokens, view_maps
 
 WRAPPER_KEY = "artifact_guard.fam"
 
@@ -87,32 +88,6 @@ def patch_attention(
     return patched
 
 
-@dataclass
-class Sampled:
-    """What CALC_COND_BATCH knows: the whole latent's shape, each conditioning's area by its id, the frames in view."""
-
-    shape: tuple[int, ...]
-    areas: dict
-    frames: tuple[int, ...] | None
-
-
-@dataclass
-class Call:
-    """One model call: its view of the latent, and what is needed to find the image among the tokens.
-
-    before: tokens of a reference image in front of the image. text, references: how many tokens these have.
-    alike: attention calls so far in which text and image had equally many tokens.
-    """
-
-    shape: tuple[int, ...]
-    view: CallView
-    network: object
-    before: int = 0
-    text: int = 0
-    references: int = 0
-    alike: int = 0
-
-
 class FlawAttention:
     """One patch: the maps, and where and when they are applied. Its methods are the wrappers and hooks."""
 
@@ -134,13 +109,7 @@ class FlawAttention:
     def calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Wrapper around one evaluation of all conditionings: here the whole latent and the areas are known."""
         options = model_options.get("transformer_options", {})
-        areas = {cond["uuid"]: area_of(cond, x_in.shape) for group in conds if group for cond in group}
-        sampled = Sampled(tuple(x_in.shape), areas, None)
-        window = options.get("context_window")
-        frames = window_frames(window, x_in.shape)
-        if frames is not None:
-            total = getattr(window, "total_frames", 0) or max(frames) + 1
-            sampled = Sampled((*x_in.shape[:2], total, *x_in.shape[3:]), areas, frames)
+        sampled = sampled_latent(x_in, conds, options)
         model_options = {**model_options, "transformer_options": {**options, self.key: sampled}}
         return executor(model, conds, x_in, timestep, model_options)
 
@@ -149,16 +118,8 @@ class FlawAttention:
         sampled = transformer_options.get(self.key)
         call = None
         if isinstance(sampled, Sampled) and self.in_range(transformer_options):
-            view = CallView(
-                len(x), tuple(sampled.areas.get(uuid) for uuid in transformer_options["uuids"]), sampled.frames,
-                columns(kwargs.get("image_cond")),
-            )
-            call = Call(sampled.shape, view, executor.class_obj.diffusion_model)
-            call.text = 0 if c_crossattn is None else c_crossattn.shape[1]
-            token = self.family.token(call.network)
-            call.references = sum(tokens_of(latent, token) for latent in kwargs.get("ref_latents") or [])
-            if getattr(call.network, "ref_conv", None) is not None and "reference_latent" in kwargs:
-                call.before = tokens_of(kwargs["reference_latent"], token)
+            network = executor.class_obj.diffusion_model
+            call = model_call(sampled, self.family, network, x, c_crossattn, transformer_options, kwargs)
         return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, self.key: call}, **kwargs)
 
     def in_range(self, options: dict) -> bool:
@@ -271,43 +232,3 @@ class FlawAttention:
             return True
         call.alike += 1
         return call.alike % 2 == 1
-
-
-def area_of(cond: dict, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The part of a latent that a conditioning is confined to, cut to the latent as the sampler cuts it."""
-    if "area" not in cond:
-        return None
-    axes, area = len(shape) - 2, tuple(cond["area"])
-    sizes, offsets = area[: len(area) // 2], area[len(area) // 2 :]
-    missing = axes - len(sizes)
-    if missing > 0:
-        sizes, offsets = (1 << 30,) * missing + sizes, (0,) * missing + offsets
-    sizes, offsets = sizes[:axes], offsets[:axes]
-    return (*(min(full - o, s) for full, s, o in zip(shape[2:], sizes, offsets)), *offsets)
-
-
-def window_frames(window, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The latent frames in a context window; None if there is no window or it is not one of a video's frames."""
-    if window is None or len(shape) != 5 or getattr(window, "dim", None) != 2:
-        return None
-    frames = list(window.index_list)
-    anchor = getattr(window, "causal_anchor_index", None)
-    if anchor is not None and anchor >= 0:
-        frames = [anchor, *frames]
-    return tuple(frames) if len(frames) == shape[2] else None
-
-
-def tokens_of(latent: torch.Tensor, token: tuple[int, int, int]) -> int:
-    """How many tokens a latent (..., [T,] H, W) has."""
-    sizes = latent.shape[2:] if latent.ndim == 5 else (1, *latent.shape[-2:])
-    return math.prod(-(-size // step) for size, step in zip(sizes, token))
-
-
-def columns(image: torch.Tensor | None) -> int:
-    """Columns of a second image that is shown at the right of the first."""
-    return 0 if image is None else image.shape[-1]
-
-
-def pad_of(network) -> int:
-    """The image's tokens are padded to a multiple of this many."""
-    return getattr(network, "pad_tokens_multiple", None) or 1

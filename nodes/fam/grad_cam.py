@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from .highlighter import GENERATED, Backbone, FlawHighlighter, fit_images
+from .backbones import Backbone
+from .highlighter import GENERATED, FlawHighlighter, fit_images
 
 
 def grad_cam(network: Backbone, images: torch.Tensor, target: int = GENERATED) -> tuple[torch.Tensor, torch.Tensor]:

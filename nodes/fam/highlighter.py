@@ -1,12 +1,5 @@
-"""The flaw highlighter: a network that tells generated from real images, and what is known of it.
+"""The flaw highlighter: a network that tells generated from real images, and what is known of it."""
 
-arXiv 2512.08774 uses VGG16's convolutions and two linear layers. Both backbones here end in one convolution whose
-activations (after ReLU) the flaw map is read from, `features`, and a head that pools over space, so that images of any
-size go in: the paper's head flattens and fixes the size. The pool is the sum of mean and maximum, because a flaw that
-fills one part in a hundred of an image hardly moves a mean.
-"""
-
-import math
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -14,129 +7,14 @@ import torch.nn.functional as F
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
+
+from .backbones import BACKBONES, Backbone
 
 REAL, GENERATED = 0, 1
 """The two classes, as columns of the logits."""
 
 KIND = "flaw highlighter"
 FOLDER = "flaw_highlighters"
-
-LAYERS = comfy.ops.disable_weight_init
-
-VGG16_WIDTHS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
-SMALL_LAYERS = ((3, 16, 2), (16, 32, 2), (32, 48, 1), (48, 64, 2), (64, 64, 1), (64, 96, 1))
-"""(inputs, outputs, stride) of each convolution."""
-
-
-class Head(torch.nn.Module):
-    """Mean plus maximum over space, and the two linear layers: features (B, C, h, w), not negative, give logits (B, 2)."""
-
-    def __init__(self, channels: int, hidden: int):
-        super().__init__()
-        self.hidden = LAYERS.Linear(channels, hidden)
-        self.output = LAYERS.Linear(hidden, 2)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        pooled = features.mean(dim=(-2, -1)) + features.amax(dim=(-2, -1))
-        return self.output(F.relu(self.hidden(pooled)))
-
-
-class Backbone(torch.nn.Module):
-    """What both backbones share: `forward` is the head of `features`."""
-
-    MEAN, DEVIATION = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-    def __init__(self):
-        super().__init__()
-        self.last_activation = torch.nn.ReLU()
-
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) from 0..1 to what the convolutions expect."""
-        mean, deviation = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.MEAN, self.DEVIATION))
-        return (images - mean) / deviation
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(images))
-
-
-class SmallBackbone(Backbone):
-    """Six convolutions, 8 pixels a cell of the map, 0.15 million weights: trains in minutes."""
-
-    def __init__(self):
-        super().__init__()
-        self.convolutions = torch.nn.ModuleList(
-            LAYERS.Conv2d(a, b, 3, stride=stride, padding=1, padding_mode="replicate") for a, b, stride in SMALL_LAYERS
-        )
-        self.norms = torch.nn.ModuleList(LAYERS.GroupNorm(8, b) for _, b, _ in SMALL_LAYERS[:-1])
-        self.head = Head(SMALL_LAYERS[-1][1], 64)
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What the last convolution sees, (B, 96, H / 8, W / 8), of images (B, 3, H, W) in 0..1."""
-        x = self.normalise(images)
-        for convolution, norm in zip(self.convolutions, self.norms):
-            x = F.relu(norm(convolution(x)))
-        return self.last_activation(self.convolutions[-1](x))
-
-
-class VGG16Backbone(Backbone):
-    """VGG16's thirteen convolutions under their usual names (`features.N`), 16 pixels a cell of the map."""
-
-    MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-    def __init__(self):
-        super().__init__()
-        layers, channels, position = {}, 3, 0
-        for width in VGG16_WIDTHS:
-            if width == "pool":
-                position += 1
-                continue
-            layers[str(position)] = LAYERS.Conv2d(channels, width, 3, padding=1)
-            channels, position = width, position + 2
-        self.convolutions = torch.nn.ModuleDict(layers)
-        self.head = Head(512, 256)
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What the last convolution sees, (B, 512, H / 16, W / 16), of images (B, 3, H, W) in 0..1."""
-        x, convolutions = self.normalise(images), iter(self.convolutions.values())
-        for width in VGG16_WIDTHS[:-1]:
-            x = F.max_pool2d(x, 2) if width == "pool" else F.relu(next(convolutions)(x))
-        return self.last_activation(next(convolutions)(x))
-
-
-BACKBONES = {"vgg16": VGG16Backbone, "small": SmallBackbone}
-SMALLEST_SIDE = {"vgg16": 32, "small": 16}
-
-
-def new_network(backbone: str, seed: int) -> Backbone:
-    """A network with fresh weights (Kaiming), outside inference mode, so that gradients can go through it."""
-    with torch.inference_mode(False):
-        network = BACKBONES[backbone]()
-        generator = torch.Generator().manual_seed(seed)
-        for name, weight in network.named_parameters():
-            fan_in = math.prod(weight.shape[1:])
-            scale = (2 / fan_in) ** 0.5 if weight.ndim > 1 else 0.0
-            values = scale * torch.randn(weight.shape, generator=generator)
-            weight.data = values + 1.0 if "norms" in name and name.endswith("weight") else values
-        return network
-
-
-def take_vgg16_weights(network: VGG16Backbone, tensors: dict[str, torch.Tensor]) -> None:
-    """Start the convolutions from a standard VGG16 file, whose names are `features.0.weight` to `features.28.bias`.
-
-    Raises:
-        ValueError: weights are missing or of other shapes.
-    """
-    wanted = network.convolutions.state_dict()
-    given = {name: tensors.get(f"features.{name}") for name in wanted}
-    wrong = [name for name, value in given.items() if value is None or value.shape != wanted[name].shape]
-    if wrong:
-        raise ValueError(
-            f"This is not a VGG16 file: features.{wrong[0]} is missing or of another shape. A file with torchvision's "
-            "names (features.0.weight ... features.28.bias) and without batch norm is wanted."
-        )
-    with torch.inference_mode(False):
-        network.convolutions.load_state_dict({name: value.float() for name, value in given.items()})
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ import comfy.utils
 import folder_paths
 
 from ..model_files import register_folder, save_model_file
-from .highlighter import (
-    FOLDER, KIND, SMALLEST_SIDE, Backbone, FlawHighlighter, new_network, take_vgg16_weights,
-)
+from .backbones import SMALLEST_SIDE, Backbone, new_network, take_vgg16_weights
+from .highlighter import FOLDER, KIND, FlawHighlighter
 from .pictures import draw_training
 from .spurious import check_cues
 from .training import Training, TrainingSettings
@@ -64,7 +63,8 @@ class LiveCurve:
 
 
 def train_highlighter(
-    real: torch.Tensor, generated: torch.Tensor, settings: TrainingSettings, start: FlawHighlighter | None = None
+    real: torch.Tensor, generated: torch.Tensor, settings: TrainingSettings, start: FlawHighlighter | None = None,
+    progress: type[LiveCurve] = LiveCurve,
 ) -> tuple[FlawHighlighter, Training]:
     """Train, check for spurious cues, and give the best epoch's highlighter and the run.
 
@@ -83,7 +83,7 @@ def train_highlighter(
     device = comfy.model_management.get_torch_device()
     training = Training(real, generated, settings, device, network)
     try:
-        training.run(LiveCurve(training))
+        training.run(progress(training))
     except BaseException:
         keep_best(training, earlier)
         raise

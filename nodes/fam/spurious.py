@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .backbones import Backbone
 from .grad_cam import grad_cam, scale_to_one
-from .highlighter import GENERATED, REAL, Backbone
+from .highlighter import GENERATED, REAL
 
 MOSTLY = 0.5
 """Share of the verdicts that may follow the exchanged part before it is called a spurious cue."""

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from .augment import augment
-from .highlighter import GENERATED, REAL, Backbone, HighlighterSettings, fit_images, new_network
+from .backbones import Backbone, new_network
+from .highlighter import GENERATED, REAL, HighlighterSettings, fit_images
 
 FEWEST_IMAGES = 8
 HELD_OUT = 0.1

@@ -12,8 +12,9 @@ from ..exact.trap_families import make_traps
 AMPLITUDES = (0.4, 0.8)
 """Of the [-1, 1] image: the range for which the detection benchmark sets its goals."""
 
-VISIBLE = 0.4
-"""A flaw changes its region by at least this much, RMS: garbage that is black on black is no flaw, and is drawn anew."""
+VISIBLE, SMALLEST = 0.5, 0.025
+"""A flaw is something a person would notice: it changes its region by this much (RMS, of the same range) and fills this
+share of the image, 5x5 of 32x32 pixels. Garbage that is black on black, or a speck, is drawn anew and stronger."""
 
 
 def plant_flaws(images: torch.Tensor, split: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,13 +34,14 @@ def plant_flaws(images: torch.Tensor, split: str, seed: int) -> tuple[torch.Tens
     flawed, masks = [], []
     for index, (image, amplitude) in enumerate(zip(images, amplitudes.tolist())):
         kind = "attractor" if index % 2 else "scripted"
-        number, change = seed * 100_003 + index, 0.0
-        while change < VISIBLE:
+        number, change, area = seed * 100_003 + index, 0.0, 0.0
+        while change < VISIBLE or area < SMALLEST:
             (trap,) = make_traps(kind, split, number, size, 1, 1, amplitude, textures=textures)
             garbage = trap.pattern[0] if kind == "attractor" else image + amplitude * trap.pattern[0]
             spoilt = torch.where(trap.mask, garbage, image).clamp(-1, 1)
             change = (spoilt - image)[:, trap.mask[0]].square().mean().sqrt().item()
-            number += 50_000_017
+            area = trap.mask.float().mean().item()
+            number, amplitude = number + 50_000_017, 1.1 * amplitude
         flawed.append(spoilt)
         masks.append(trap.mask[0])
     return torch.stack(flawed), torch.stack(masks)

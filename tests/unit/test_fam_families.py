@@ -4,9 +4,10 @@ Where a family keeps its image tokens is written out here by hand, as lengths of
 patch does not see this table. The reference is an attention override of the test's own.
 """
 
+import importlib
+import pathlib
 import re
 
-import comfy.samplers
 import pytest
 import torch
 from artifact_guard.nodes.fam.attention import AttentionSettings, patch_attention
@@ -165,3 +166,41 @@ def test_every_known_network_was_measured():
         "comfy.ldm.chroma_radiance.model.ChromaRadiance", "comfy.ldm.anima.model.Anima",
         "comfy.ldm.lumina.model.NextDiTPixelSpace", "comfy.ldm.cascade.stage_b.StageB",
     }
+
+
+def table_rows():
+    """The support table as it has to stand in the help page: from the families, and from runs of their small models."""
+    works, rows = {}, []
+    for name in SMALL_FAMILIES:
+        small = small_model(name)
+        patched = patch_attention(small.model, torch.ones(1, *small.size), AttentionSettings(STRENGTH))
+        changed = not close(sample(small, patched, steps=2), sample(small, steps=2))
+        family = family_of(small.model.model.diffusion_model)
+        works[family.name] = works.get(family.name, True) and changed
+    for family in FAMILIES:
+        kinds = ", ".join(f"`{kind}`" if kind else "numbers" for kind in family.numbered) or "all only"
+        rows.append(f"| {family.name} | {'yes' if works[family.name] else 'no'} | {family.hook} | {kinds} |")
+    return rows + [f"| {name} | no: it calls no hook | | |" for name in NO_HOOK.values()]
+
+
+def test_the_help_pages_table_is_what_was_measured():
+    """Run with -s to see the table to paste."""
+    page = (ROOT / "web" / "docs" / "FAMAttentionPatch.md").read_text(encoding="utf-8")
+    rows = table_rows()
+    print("\n".join(rows))
+    found = re.findall(r"^\| (?!family|---).*\| (?:yes|no)\b.*\|$", page, re.M)
+    assert found == rows
+
+
+@pytest.mark.parametrize("name", NO_HOOK)
+def test_networks_without_hook_call_none(name):
+    """Their code hands no transformer_options to attention, so no override can be called; and they call no patch."""
+    module = importlib.import_module(name.rpartition(".")[0])
+    assert hasattr(module, name.rpartition(".")[2])
+    folder = pathlib.Path(module.__file__).parent
+    calls = [
+        call for path in folder.glob("*.py") if "vae" not in path.name
+        for call in re.findall(r"optimized_attention\w*\([^#]*?\)\s*$", path.read_text(encoding="utf-8"), re.M | re.S)
+    ]
+    assert calls and not [call for call in calls if "transformer_options" in call.split("\n\n")[0][:400]]
+    assert not [path for path in folder.glob("*.py") if "attn1_patch" in path.read_text(encoding="utf-8")]

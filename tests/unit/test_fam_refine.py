@@ -260,8 +260,8 @@ def test_scaled_tokens(dtype, shape, axis, first, count):
     exact = scaled_by_hand(x, amount.to(dtype).float(), first, axis)
     assert result.dtype == dtype and result.shape == x.shape
     assert ((result.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-12).all()
-    others = [i for i in range(9) if not first <= i < first + count]
-    assert torch.equal(result.index_select(axis, torch.tensor(others)), x.index_select(axis, torch.tensor(others, dtype=torch.long)))
+    others = torch.tensor([i for i in range(9) if not first <= i < first + count], dtype=torch.long)
+    assert torch.equal(result.index_select(axis, others), x.index_select(axis, others))
     strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert torch.equal(scale_tokens(strided, amount, first, axis), result)
 

@@ -1,8 +1,10 @@
-"""The node that trains a flaw highlighter."""
+"""The nodes that make, keep and load flaw highlighters."""
 
 from comfy_api.latest import io, ui
 
-from .highlighter import BACKBONES
+from ..model_files import file_names, load_model_file, save_model_file
+from .backbones import BACKBONES
+from .highlighter import FOLDER, KIND, FlawHighlighter
 from .pictures import draw_training
 from .session import train_highlighter
 from .training import RATE_FACTOR, TrainingSettings
@@ -71,3 +73,58 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
         words += highlighter.settings.warnings or ["No spurious cue found: the verdicts follow the marked spots."]
         pictures = ui.PreviewImage(curves, cls=cls).as_dict()
         return io.NodeOutput(highlighter, curves, training.accuracy, ui={**pictures, "text": words})
+
+
+class FAMSaveFlawHighlighter(io.ComfyNode):
+    """Saves a highlighter."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FAMSaveFlawHighlighter",
+            display_name="Save Flaw Highlighter",
+            category=CATEGORY,
+            description="Saves a flaw highlighter under models/flaw_highlighters, as a new file each time.",
+            search_aliases=["fam save", "save highlighter", "export flaw detector"],
+            is_output_node=True,
+            inputs=[
+                FlawHighlighterType.Input("flaw_highlighter", tooltip="The highlighter to save."),
+                io.String.Input(
+                    "filename_prefix", default="highlighter",
+                    tooltip="Name of the file; a number is added, so that no file is ever overwritten. May name a folder.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, flaw_highlighter, filename_prefix) -> io.NodeOutput:
+        path = save_model_file(FOLDER, filename_prefix, KIND, *flaw_highlighter.state())
+        return io.NodeOutput(ui={"text": [path]})
+
+
+class FAMLoadFlawHighlighter(io.ComfyNode):
+    """Loads a highlighter."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FAMLoadFlawHighlighter",
+            display_name="Load Flaw Highlighter",
+            category=CATEGORY,
+            description="Loads a flaw highlighter from models/flaw_highlighters, or the one that comes with the demo model.",
+            search_aliases=["fam load", "load highlighter", "flaw detector"],
+            inputs=[
+                io.Combo.Input(
+                    "name", options=file_names(FOLDER),
+                    tooltip="Files under models/flaw_highlighters. demo_clothes belongs to the demo model.",
+                ),
+            ],
+            outputs=[
+                FlawHighlighterType.Output("flaw_highlighter", display_name="flaw_highlighter", tooltip="The highlighter."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, name) -> io.NodeOutput:
+        return io.NodeOutput(FlawHighlighter.from_state(*load_model_file(FOLDER, name, KIND)))

@@ -1,0 +1,100 @@
+"""What one model call sees of the sampler's latent, and what else it takes to find the image among its tokens."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .families import Family
+from .token_maps import CallView
+
+
+@dataclass
+class Sampled:
+    """What CALC_COND_BATCH knows: the whole latent's shape, each conditioning's area by its id, the frames in view."""
+
+    shape: tuple[int, ...]
+    areas: dict
+    frames: tuple[int, ...] | None
+
+
+@dataclass
+class Call:
+    """One model call: its view of the latent, and what is needed to find the image among the tokens.
+
+    before: tokens of a reference image in front of the image. text, references: how many tokens these have.
+    alike: attention calls so far in which text and image had equally many tokens.
+    """
+
+    shape: tuple[int, ...]
+    view: CallView
+    network: object
+    before: int = 0
+    text: int = 0
+    references: int = 0
+    alike: int = 0
+
+
+def sampled_latent(x: torch.Tensor, conds: list, options: dict) -> Sampled:
+    """Read the latent's shape, the areas and the window off the arguments of an evaluation of all conditionings.
+
+    Args:
+        x: the sampler's tensor, or of a video the frames of one context window.
+        conds: lists of conditionings, as calc_cond_batch gets them.
+        options: the model's transformer_options.
+    """
+    areas = {cond["uuid"]: area_of(cond, x.shape) for group in conds if group for cond in group}
+    window = options.get("context_window")
+    frames = window_frames(window, x.shape)
+    if frames is None:
+        return Sampled(tuple(x.shape), areas, None)
+    total = getattr(window, "total_frames", 0) or max(frames) + 1
+    return Sampled((*x.shape[:2], total, *x.shape[3:]), areas, frames)
+
+
+def model_call(sampled: Sampled, family: Family, network, x, c_crossattn, options: dict, more: dict) -> Call:
+    """The call of a network with these arguments of BaseModel.apply_model; `more` are its conditionings by name."""
+    areas = tuple(sampled.areas.get(uuid) for uuid in options["uuids"])
+    beside = more.get("image_cond")
+    view = CallView(len(x), areas, sampled.frames, 0 if beside is None else beside.shape[-1])
+    call, token = Call(sampled.shape, view, network), family.token(network)
+    call.text = 0 if c_crossattn is None else c_crossattn.shape[1]
+    call.references = sum(tokens_of(latent, token) for latent in more.get("ref_latents") or [])
+    if getattr(network, "ref_conv", None) is not None and "reference_latent" in more:
+        call.before = tokens_of(more["reference_latent"], token)
+    return call
+
+
+def area_of(cond: dict, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The part of a latent that a conditioning is confined to, cut to the latent as the sampler cuts it."""
+    if "area" not in cond:
+        return None
+    axes, area = len(shape) - 2, tuple(cond["area"])
+    sizes, offsets = area[: len(area) // 2], area[len(area) // 2 :]
+    missing = axes - len(sizes)
+    if missing > 0:
+        sizes, offsets = (1 << 30,) * missing + sizes, (0,) * missing + offsets
+    sizes, offsets = sizes[:axes], offsets[:axes]
+    return (*(min(full - o, s) for full, s, o in zip(shape[2:], sizes, offsets)), *offsets)
+
+
+def window_frames(window, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The latent frames in a context window; None if there is no window or it is not one of a video's frames."""
+    if window is None or len(shape) != 5 or getattr(window, "dim", None) != 2:
+        return None
+    frames = list(window.index_list)
+    anchor = getattr(window, "causal_anchor_index", None)
+    if anchor is not None and anchor >= 0:
+        frames = [anchor, *frames]
+    return tuple(frames) if len(frames) == shape[2] else None
+
+
+def tokens_of(latent: torch.Tensor, token: tuple[int, int, int]) -> int:
+    """How many tokens a latent (..., [T,] H, W) has."""
+    sizes = latent.shape[2:] if latent.ndim == 5 else (1, *latent.shape[-2:])
+    return math.prod(-(-size // step) for size, step in zip(sizes, token))
+
+
+def pad_of(network) -> int:
+    """The image's tokens are padded to a multiple of this many."""
+    return getattr(network, "pad_tokens_multiple", None) or 1

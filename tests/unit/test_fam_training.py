@@ -1,0 +1,178 @@
+"""Training a highlighter: balanced, repeatable, cancellable, resumable, and honest about what it has learned."""
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+from artifact_guard.nodes.fam import session
+from artifact_guard.nodes.fam.augment import augment, jpeg
+from artifact_guard.nodes.fam.highlighter import GENERATED, REAL
+from artifact_guard.nodes.fam.schema import FAMLoadFlawHighlighter, FAMTrainFlawHighlighter
+from artifact_guard.nodes.fam.spurious import band_mask, border_mask, check_cues, exchange_band
+from artifact_guard.nodes.fam.training import Training
+
+from tests.unit.fam_support import images, settings, spoil, train_on_grids
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return train_on_grids()
+
+
+def test_same_seed_same_network():
+    real, generated = images(12, seed=1), spoil(images(12, seed=2))[0]
+    runs = []
+    for seed in (0, 0, 1):
+        training = Training(real, generated, settings(2, seed=seed), CPU)
+        training.run()
+        runs.append(training)
+    assert runs[0].losses == runs[1].losses != runs[2].losses
+    for one, other in zip(runs[0].best.parameters(), runs[1].best.parameters()):
+        assert torch.equal(one, other)
+
+
+def test_batches_are_balanced_and_show_every_image_once():
+    """16 real and 40 generated images: half of each batch is real, the larger class is gone through once an epoch."""
+    real, generated = torch.zeros(18, 16, 16, 3), torch.ones(44, 16, 16, 3)
+    training = Training(real, generated, settings(batch_size=8, size=16), CPU)
+    assert [len(pool) for pool in training.train_images] == [16, 40]
+    classes = [c for _, c in training.batches(0)]
+    assert len(classes) == training.steps_per_epoch == 10
+    assert all((c == REAL).sum() == (c == GENERATED).sum() == 4 for c in classes)
+    bright = torch.stack([b.mean(dim=(1, 2, 3)) for b, _ in training.batches(0)])
+    assert (bright[:, :4] < 0.3).all() and (bright[:, 4:] > 0.5).all()
+
+
+def test_held_out_images_are_never_trained_on():
+    real, generated = torch.zeros(20, 16, 16, 3), torch.ones(20, 16, 16, 3)
+    real[:, 0, 0, 0] = torch.arange(20) / 40
+    training = Training(real, generated, settings(size=16), CPU)
+    held = set(training.held_images[REAL][:, 0, 0, 0].tolist())
+    trained = set(training.train_images[REAL][:, 0, 0, 0].tolist())
+    assert len(held) == 2 and len(trained) == 18 and not held & trained
+
+
+def test_best_epoch_is_kept(monkeypatch):
+    """Scores 0.6, 0.9, 0.7: the network after the second epoch is what comes out."""
+    training = Training(images(10), images(10, seed=4), settings(3), CPU)
+    scores, kept = iter([(0.6, -1.0), (0.9, -1.0), (0.7, -1.0)]), []
+
+    def evaluate():
+        kept.append([p.detach().clone() for p in training.network.parameters()])
+        return next(scores)
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    training.run()
+    assert training.best_epoch == 2 and training.accuracy == 0.9
+    assert all(torch.equal(a, b) for a, b in zip(training.best.parameters(), kept[1]))
+
+
+def test_going_on_leaves_the_given_one_as_it_is(learned):
+    """It keeps backbone and image size, counts epochs on, and starts where the other one ended."""
+    judge, _ = learned
+    before = [p.clone() for p in judge.network.parameters()]
+    with torch.inference_mode():
+        again, training = session.train_highlighter(
+            images(20, seed=21), spoil(images(20, seed=22))[0], settings(1, size=256, backbone="vgg16", rate=1e-6), judge
+        )
+    assert again.settings.backbone == "small" and again.settings.image_size == 64
+    assert again.settings.epochs == judge.settings.epochs + 1 and training.accuracy >= 0.75
+    assert all(torch.equal(a, b) for a, b in zip(judge.network.parameters(), before))
+
+
+def test_a_cancelled_run_saves_its_best_epoch(monkeypatch, caplog):
+    """Cancelled in the second epoch: the first one's network is in a new file, which is named and can be loaded."""
+    tell = session.LiveCurve.__call__
+
+    def cancel_at_seven(curve, done, total):
+        if done == 7:
+            comfy.model_management.interrupt_current_processing()
+        tell(curve, done, total)
+
+    monkeypatch.setattr(session.LiveCurve, "__call__", cancel_at_seven)
+    before = set(folder_paths.get_filename_list("flaw_highlighters"))
+    with pytest.raises(comfy.model_management.InterruptProcessingException), torch.inference_mode():
+        FAMTrainFlawHighlighter.execute(images(20), images(20, seed=3), 5, 8, 2e-5, 32, 0, "small")
+    (new,) = set(folder_paths.get_filename_list("flaw_highlighters")) - before
+    assert new.startswith("interrupted") and new in caplog.text
+    assert FAMLoadFlawHighlighter.execute(new)[0].settings.epochs == 1
+
+
+def test_the_node_tells_accuracy_and_curves():
+    with torch.inference_mode():
+        result = FAMTrainFlawHighlighter.execute(images(16), images(16, seed=3), 2, 8, 2e-5, 32, 0, "small")
+    judge, curves, accuracy = result.result
+    assert curves.shape == (1, 520, 768, 3) and 0 <= accuracy <= 1
+    assert judge.settings.real_images == 14 and "Held-out accuracy" in result.ui["text"][0]
+
+
+@pytest.mark.parametrize("real, generated, words", [
+    (images(16), images(4), "generated: 4 images came; at least 8 of each class"),
+    (images(2), images(16), "real: 2 images came"),
+    (images(16, 32), images(16, 48), "real images are 32x32 pixels and generated ones 48x48"),
+    (images(16)[..., :1], images(16), "real images have 1 channels and generated ones 3"),
+    (images(16), torch.full((16, 32, 32, 3), torch.nan), "the image holds NaN"),
+])
+def test_training_images_that_cannot_work(real, generated, words):
+    with pytest.raises(ValueError, match=words):
+        Training(real, generated, settings(), CPU)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"epochs": 0}, "epochs is 0"), ({"batch_size": 1}, "batch_size is 1"), ({"rate": 0.0}, "learning_rate is 0.0"),
+])
+def test_training_settings_that_cannot_work(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        settings(**wrong)
+
+
+def test_augmentation_keeps_shape_and_range_and_hides_cues():
+    """A quarter brighter, or a JPEG: after augmentation that difference is smaller than the differences it makes."""
+    batch = images(32).movedim(-1, 1)
+    out = augment(batch, torch.Generator().manual_seed(1))
+    assert out.shape == batch.shape and out.min() >= 0 and out.max() <= 1
+    assert not torch.equal(out, augment(batch, torch.Generator().manual_seed(2)))
+    assert torch.equal(out, augment(batch, torch.Generator().manual_seed(1)))
+    light = (out.mean(dim=(1, 2, 3)) / batch.mean(dim=(1, 2, 3))).std()
+    assert light > 0.05
+    assert 0.005 < (jpeg(batch[0], 40) - batch[0]).abs().mean() < 0.1
+
+
+# Spurious cues
+
+def train_on(real, generated, epochs=4):
+    training = Training(real, generated, settings(epochs, 16), CPU)
+    training.run()
+    return {cue.part: cue for cue in check_cues(training.best, *training.held_out(), CPU)}
+
+
+@pytest.mark.parametrize("part", ["border", "light and colour"])
+def test_a_planted_cue_is_found(part):
+    """Generated images that differ in one trivial respect alone: the check names it, in words."""
+    real, generated = images(100, seed=1), images(100, seed=2)
+    if part == "border":
+        generated[:, :3], generated[:, -3:], generated[:, :, :3], generated[:, :, -3:] = 1, 1, 1, 1
+    else:
+        real, generated = real * 0.25, 0.75 + generated * 0.25
+    cues = train_on(real, generated)
+    assert cues[part].spurious and cues[part].pairs >= 4
+    assert f"follow the {part}" in cues[part].words
+    assert not cues["finest texture"].spurious
+
+
+def test_a_sound_highlighter_passes(learned):
+    judge, training = learned
+    cues = check_cues(judge.network, *training.held_out(), CPU)
+    assert [cue.part for cue in cues] == ["border", "background", "finest texture", "light and colour"]
+    assert all(cue.pairs >= 8 and not cue.spurious for cue in cues)
+
+
+def test_exchanged_parts():
+    """The border is a frame; bands that are exchanged whole give the other image, none gives the own."""
+    assert border_mask(24, 24).sum() == 24 * 24 - 20 * 20
+    one, other = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    everything = band_mask(16, 16, 0.0, 1.0)
+    assert torch.allclose(exchange_band(one, other, everything), other, atol=1e-5)
+    assert torch.allclose(exchange_band(one, other, ~everything), one, atol=1e-5)
