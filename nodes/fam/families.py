@@ -112,7 +112,7 @@ def family_of(network) -> Family:
     for family in FAMILIES:
         if name in family.networks:
             return family
-    advice = "Flaw Refine and Flaw Noise work without the patch; for this one, use a model of another family."
+    advice = "Refine Flaws works with it at attention_strength 0; for the patch itself use a model of another family."
     if name in NO_HOOK:
         raise ValueError(
             f"model: {NO_HOOK[name]} lets nobody reach its attention (it calls no hook), so this patch cannot work on it. "

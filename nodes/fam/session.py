@@ -91,15 +91,20 @@ def train_highlighter(
     warnings = tuple(cue.words for cue in cues if cue.spurious)
     for warning in warnings:
         logging.warning("Artifact Guard: %s", warning)
-    return FlawHighlighter(training.best.cpu(), training.result(earlier, warnings)), training
+    return finished(training, earlier, warnings), training
+
+
+def finished(training: Training, earlier_epochs: int, warnings: tuple[str, ...] = ()) -> FlawHighlighter:
+    """The highlighter of a run's best epoch."""
+    with torch.inference_mode(False):
+        return FlawHighlighter(training.best.cpu(), training.result(earlier_epochs, warnings))
 
 
 def keep_best(training: Training, earlier_epochs: int) -> None:
     """Save the best epoch of a run that did not end well; nothing if it had no epoch yet."""
     if training.best_epoch == 0:
         return
-    highlighter = FlawHighlighter(training.best.cpu(), training.result(earlier_epochs))
-    path = save_model_file(FOLDER, "interrupted", KIND, *highlighter.state())
+    path = save_model_file(FOLDER, "interrupted", KIND, *finished(training, earlier_epochs).state())
     logging.warning(
         "Artifact Guard: training stopped early. Its best epoch (%d, held-out accuracy %.1f %%) is saved as %s: load it to go on.",
         training.best_epoch, 100 * training.accuracy, path,
