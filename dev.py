@@ -1,4 +1,4 @@
-"""One front for developers: python dev.py demo | test | bench | serve | train-demo | train-highlighter. Each takes --help.
+"""One front for developers: python dev.py demo | test | bench | serve | train-... Each command takes --help.
 
 Each command runs in a real ComfyUI on this machine. Without --comfyui one is built in the user's cache folder, once.
 """
@@ -70,6 +70,10 @@ def train_demo(environment: Environment, options: argparse.Namespace) -> int:
     return run(environment, [ROOT / "tests" / "bench" / "train_demo.py", *options.rest])
 
 
+def train_time_predictor(environment: Environment, options: argparse.Namespace) -> int:
+    return run(environment, [ROOT / "tests" / "bench" / "train_time_predictor.py", *options.rest])
+
+
 def train_highlighter(environment: Environment, options: argparse.Namespace) -> int:
     return run(environment, [ROOT / "tests" / "bench" / "train_highlighter.py", *options.rest])
 
@@ -114,6 +118,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     served = command(serve, "start ComfyUI with this pack until Ctrl-C")
     served.add_argument("--port", type=int, default=8188, help="(default: 8188)")
     command(train_demo, "train the demo model again; other arguments are passed on")
+    command(train_time_predictor, "train the demo model's time predictor again; other arguments are passed on")
     command(train_highlighter, "train the demo model's flaw highlighter again; other arguments are passed on")
 
     # Cut off before parsing: argparse would read options behind -- as its own.
@@ -122,7 +127,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         cut = arguments.index("--")
         own, rest = arguments[:cut], arguments[cut + 1 :]
     options, unknown = parser.parse_known_args(own)
-    passing = (bench, train_demo, train_highlighter)
+    passing = (bench, train_demo, train_time_predictor, train_highlighter)
     if unknown and options.command not in passing or rest and options.command not in (test, *passing):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     if options.python and not options.comfyui:

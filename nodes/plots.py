@@ -61,7 +61,7 @@ def draw_panel(draw: ImageDraw.ImageDraw, panel: Panel, box: tuple[int, int, int
         value = low + (high - low) * tick / 4
         y = place(0, value)[1]
         draw.line((left - 4, y, left, y), fill=FAINT)
-        draw.text((left - 8, y), f"{value:.3g}", fill=INK, font=font(12), anchor="rm")
+        draw.text((left - 8, y), f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}", fill=INK, font=font(12), anchor="rm")
     every = max(1, math.ceil(len(panel.x_labels) / 10))
     for position in range(0, len(panel.x_labels), every):
         x = place(position, low)[0]

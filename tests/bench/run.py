@@ -22,6 +22,8 @@ BENCHMARKS = {
     "demo": ("demo_quality", "the demo model: does it draw what is asked, and how fast"),
     "detection": ("detection", "Q1: detection of planted traps on the exact denoiser"),
     "repair": ("repair", "Q2: repair of attractor traps on the exact denoiser"),
+    "tag": ("tag", "Q3 and P4: temporal alignment guidance on the exact denoiser, the toy and the demo model, and its cost"),
+    "tag_pictures": ("tag_pictures", "pictures for TAG's help pages and template"),
     "fam": ("fam", "Q4: the flaw highlighter on planted flaws and demo samples, and refining before a second one"),
     "fam_cost": ("fam_cost", "P5: what the flaw attention patch costs"),
     "fam_pictures": ("fam_pictures", "pictures for FAM's help pages"),
