@@ -25,16 +25,28 @@ class Findings(NamedTuple):
 class Detector:
     """Base of the detectors; one is made for each round of a run.
 
-    auto_window: the noise ratios b / a between which it looks, if the user does not say.
+    Args:
+        options: the guard's finer settings.
+        travel: (F, H, W), how far each pixel of the clean estimate went in the run before, if it is known.
+
+    auto_window: the noise ratios b / a between which it looks, if the user does not say; lead: how many steps before
+    the first of them it has to have seen.
     """
 
     auto_window: tuple[float, float]
+    lead = 1
 
-    def __init__(self, options: AscedOptions):
+    def __init__(self, options: AscedOptions, travel: torch.Tensor | None):
         self.options = options
+        self.travel = travel
         self.abnormal: torch.Tensor | None = None
         self.peak: torch.Tensor | None = None
         self.onset: torch.Tensor | None = None
+
+    def accompany(self, previous: Estimate, current: Estimate) -> None:
+        """Add up how far the pixels go, at every step of the run and after it was observed."""
+        way = (current.denoised.float() - previous.denoised.float()).abs().amax(dim=1)
+        self.travel = way if self.travel is None else self.travel + way
 
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
         """Compare the estimates of two steps that follow each other. valid: (F, H, W) bool, the pixels that count."""

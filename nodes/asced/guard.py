@@ -279,8 +279,10 @@ class GuardPatch:
         if reason is None:
             ratios = [noise_ratio(model_sampling, sigma) for sigma in schedule[:-1]]
             settings = self.settings
-            between = detector_class(settings.options).auto_window
-            window = plan_window(ratios, settings.window, settings.detect_from, settings.correct_at, between)
+            kind = detector_class(settings.options)
+            window = plan_window(
+                ratios, settings.window, settings.detect_from, settings.correct_at, kind.auto_window, kind.lead
+            )
             reason = window if isinstance(window, str) else None
         if reason is not None:
             record.refuse(reason)

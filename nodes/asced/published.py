@@ -30,8 +30,10 @@ class CleanEstimateDetector(Detector):
 
     auto_window = (6.0, 3.1)
 
-    def __init__(self, options: AscedOptions, sensitivity: float, shorter_side: int):
-        super().__init__(options)
+    def __init__(
+        self, options: AscedOptions, sensitivity: float, shorter_side: int, travel: torch.Tensor | None = None
+    ):
+        super().__init__(options, travel)
         self.k = PUBLISHED_K / sensitivity
         self.blur = blur_sigma(options, shorter_side)
         self.limit: torch.Tensor | None = None
@@ -80,8 +82,10 @@ class WeightedScoreDetector(CleanEstimateDetector):
     it is fresh noise.
     """
 
-    def __init__(self, options: AscedOptions, sensitivity: float, shorter_side: int):
-        super().__init__(options, sensitivity, shorter_side)
+    def __init__(
+        self, options: AscedOptions, sensitivity: float, shorter_side: int, travel: torch.Tensor | None = None
+    ):
+        super().__init__(options, sensitivity, shorter_side, travel)
         self.bank_sum = 0.0
         self.bank_count = 0
 

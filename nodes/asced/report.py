@@ -6,6 +6,9 @@ from dataclasses import asdict
 import torch
 import torch.nn.functional as F
 
+import comfy.nested_tensor
+import comfy.utils
+
 from ...kernels.regions import label_regions
 from ..latents import FrameLayout, frames_to_mask
 from ..run_reports import RunReport, fingerprint, image_part
@@ -122,6 +125,24 @@ class RunRecord:
             return (maps * where).nan_to_num().sum(dim=(0, 2, 3)) / where.sum(dim=(0, 2, 3))
 
         return mean(inside), mean(~inside)
+
+    def without_repairs(self, latent: dict) -> dict:
+        """The LATENT that the run gives without its repairs: `latent` itself if nothing was repaired.
+
+        Raises:
+            ValueError: something was repaired, and the guard was not asked to keep the rest.
+        """
+        if self.restarts == 0:
+            return latent
+        if self.unguarded is None:
+            raise ValueError(
+                "The unguarded result was not kept: this run was repaired, and what it gives without that is only there "
+                "if keep_unguarded is on in the guard's ASCED Options. Switch it on and run again."
+            )
+        samples = self.unguarded
+        if len(self.layout.shapes) > 1:
+            samples = comfy.nested_tensor.NestedTensor(comfy.utils.unpack_latents(samples, list(self.layout.shapes)))
+        return {**latent, "samples": samples}
 
     def phases(self, frame: int | None = None) -> tuple[int, int] | None:
         """Where Mutation and Refinement begin, as indices into `speed_ratios`; of one frame or of their mean.

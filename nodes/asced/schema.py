@@ -10,6 +10,7 @@ import nodes as core_nodes
 from .guard import guard_model
 from .options import CORRECTIONS, DETECTORS, MODES, WINDOWS, AscedOptions, GuardSettings
 from .pictures import draw_curves, draw_overlay
+from .report import RunRecord
 
 CATEGORY = "Artifact Guard/ASCED"
 
@@ -28,15 +29,26 @@ def sensitivity_input() -> io.Input:
     return io.Float.Input(
         "sensitivity", default=1.0, min=0.01, max=10.0, step=0.01,
         tooltip="Higher finds more and weaker artifacts, and more false ones; a region that grows beyond max_area is "
-        "dropped. The threshold lies 3 / sensitivity robust standard deviations above the median change.",
+        "dropped. The limits of the detector are divided by it; of the published ones, k = 3 / sensitivity.",
     )
 
 
 def strength_input() -> io.Input:
     return io.Float.Input(
         "strength", default=1.0, min=0.0, max=10.0, step=0.01,
-        tooltip="How far a repaired region is pushed away from what was there. 0 switches the guard off, bit for bit.",
+        tooltip="How far a repaired region is pushed away from what was there. Above 2 it may be redrawn too differently. "
+        "0 switches the guard off, bit for bit.",
     )
+
+
+def add_to_metadata(hidden, record: RunRecord) -> None:
+    """Add a run's settings and verdict to what core writes into the images that this prompt saves from now on."""
+    extra_pnginfo = getattr(hidden, "extra_pnginfo", None)
+    if isinstance(extra_pnginfo, dict):
+        runs = extra_pnginfo.setdefault("artifact_guard", [])
+        summary = record.summary()
+        if summary not in runs:
+            runs.append(summary)
 
 
 class ASCEDGuard(io.ComfyNode):
@@ -93,7 +105,8 @@ class ASCEDGuard(io.ComfyNode):
         settings = GuardSettings(
             mode, sensitivity, strength, window, detect_from, correct_at, options or AscedOptions()
         )
-        return io.NodeOutput(*guard_model(model, settings, region))
+        guarded, report = guard_model(model, settings, region)
+        return io.NodeOutput(guarded, report)
 
 
 class ASCEDOptions(io.ComfyNode):
@@ -117,13 +130,14 @@ class ASCEDOptions(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "detector", options=list(DETECTORS), default=defaults.detector,
-                    tooltip="What is watched. clean estimate: changes of the model's idea of the finished image. "
-                    "weighted score: changes of the score itself, as printed in the paper.",
+                    tooltip="What counts as wrong. score dynamics: bursts that freeze, and regions still moving when the rest "
+                    "has settled. clean estimate and weighted score: any fast change, as in the paper's code and print.",
                 ),
                 io.Combo.Input(
                     "correction", options=list(CORRECTIONS), default=defaults.correction,
-                    tooltip="targeted: renoise the region and let the model redraw it. state replacement: renoise what "
-                    "was there before the window. score clipping: only limit the change; adds no noise.",
+                    tooltip="What is renoised in a region, for the model to redraw. surroundings: what lies around it. targeted: "
+                    "what is in it, as published. state replacement: what was there before the window. score clipping: "
+                    "only limits the change, adds no noise.",
                 ),
                 io.Int.Input(
                     "reverse_step", default=defaults.reverse_step, min=1, max=100,
@@ -140,11 +154,17 @@ class ASCEDOptions(io.ComfyNode):
                          "side (at least one latent pixel). 0: not at all."),
                 io.Int.Input(
                     "rounds", default=defaults.rounds, min=1, max=10,
-                    tooltip="How often to look and repair in one run. Each round that repairs costs one model call.",
+                    tooltip="How often to look and repair in one run. Each round that repairs costs one model call. From 2 on a "
+                    "region that became again what it was is renoised once more.",
                 ),
                 io.Int.Input(
                     "noise_seed", default=defaults.noise_seed, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
                     tooltip="Varies the noise of the repair, and nothing else.",
+                ),
+                io.Boolean.Input(
+                    "keep_unguarded", default=defaults.keep_unguarded, optional=True, advanced=True,
+                    tooltip="Also finish the run without its repairs, for ASCED Unguarded Result to show. Costs the rest of "
+                    "the run once more, when something is repaired.",
                 ),
             ],
             outputs=[AscedOptionsType.Output("options", display_name="options", tooltip="Connect it to the guard's options.")],
@@ -152,10 +172,12 @@ class ASCEDOptions(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, detector, correction, reverse_step, blur, min_area, max_area, min_width, dilate, rounds, noise_seed
+        cls, detector, correction, reverse_step, blur, min_area, max_area, min_width, dilate, rounds, noise_seed,
+        keep_unguarded=None,
     ) -> io.NodeOutput:
         return io.NodeOutput(AscedOptions(
-            detector, correction, reverse_step, blur, min_area, max_area, min_width, dilate, rounds, noise_seed
+            detector, correction, reverse_step, blur, min_area, max_area, min_width, dilate, rounds, noise_seed,
+            bool(keep_unguarded),
         ))
 
 
@@ -170,6 +192,7 @@ class ASCEDKSampler(io.ComfyNode):
             category=CATEGORY,
             description="KSampler with the ASCED Artifact Guard built in: samples, finds artifacts, repairs them.",
             search_aliases=["asced sampler", "artifact ksampler", "guarded sampler"],
+            hidden=[io.Hidden.extra_pnginfo],
             inputs=[
                 io.Model.Input("model", tooltip="The model used for denoising."),
                 io.Int.Input(
@@ -216,7 +239,9 @@ class ASCEDKSampler(io.ComfyNode):
         (latent,) = core_nodes.common_ksampler(
             guarded, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
-        return io.NodeOutput(latent, report.find(latent).artifact_mask(), report)
+        record = report.find(latent)
+        add_to_metadata(cls.hidden, record)
+        return io.NodeOutput(latent, record.artifact_mask(), report)
 
 
 class ASCEDReport(io.ComfyNode):
@@ -252,6 +277,7 @@ class ASCEDReport(io.ComfyNode):
     @classmethod
     def execute(cls, report, latent, image=None) -> io.NodeOutput:
         record = report.find(latent)
+        add_to_metadata(cls.hidden, record)
         mask = record.artifact_mask()
         overlay, curves = draw_overlay(record, latent, image), draw_curves(record)
         pictures = [p for tensor in (overlay, curves) for p in ui.PreviewImage(tensor, cls=cls).as_dict()["images"]]
@@ -259,4 +285,35 @@ class ASCEDReport(io.ComfyNode):
         return io.NodeOutput(mask, overlay, curves, mask.mean().item(), summary, ui={"images": pictures})
 
 
-NODES = [ASCEDGuard, ASCEDOptions, ASCEDKSampler, ASCEDReport]
+class ASCEDUnguarded(io.ComfyNode):
+    """Gives what a guarded run would have given without its repairs."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ASCEDUnguarded",
+            display_name="ASCED Unguarded Result",
+            category=CATEGORY,
+            description="What the same run gives without the guard's repairs, to compare before and after. Switch "
+            "keep_unguarded on in ASCED Options.",
+            search_aliases=["asced before after", "compare guard", "unguarded latent"],
+            inputs=[
+                ArtifactReportType.Input("report", tooltip="The guard's report."),
+                io.Latent.Input(
+                    "latent", tooltip="The output of the sampler that used the guarded model: so the report is read after it."
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "latent", display_name="latent",
+                    tooltip="The latent without repairs; the sampler's own output if nothing was repaired.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, report, latent) -> io.NodeOutput:
+        return io.NodeOutput(report.find(latent).without_repairs(latent))
+
+
+NODES = [ASCEDGuard, ASCEDOptions, ASCEDKSampler, ASCEDReport, ASCEDUnguarded]

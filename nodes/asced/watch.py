@@ -89,11 +89,13 @@ class Watch:
         self.previous: Estimate | None = None
         self.repair: Repair | None = None
         self.window = record.window
+        self.detector: Detector | None = None
         self._begin_round()
 
     def _begin_round(self) -> None:
         options = self.settings.options
-        self.detector = detector_class(options)(options, self.settings.sensitivity, min(self.layout.size))
+        travel = None if self.detector is None else self.detector.travel
+        self.detector = detector_class(options)(options, self.settings.sensitivity, min(self.layout.size), travel)
         self.before_window: torch.Tensor | None = None
         self.clipped: torch.Tensor | None = None
         self.recent: deque[torch.Tensor] = deque(maxlen=options.reverse_step)
@@ -122,9 +124,13 @@ class Watch:
             if abs(previous.b * now.a - now.b * previous.a) <= SAME_STEP * now.b * previous.a:
                 return None
             self.record.add_speed(now.ratio, previous.position - now.position, (now.denoised.float() - previous.denoised.float()).abs().mean(dim=1))
-        if self.decided or now.ratio > self.record.ratios[self.window.detect_from] * (1 + SAME_STEP):
+        inside = not self.decided and now.ratio <= self.record.ratios[self.window.detect_from] * (1 + SAME_STEP)
+        if inside:
+            self._compare(previous, now)
+        if previous is not None and not self.decided:
+            self.detector.accompany(previous, now)
+        if not inside:
             return None
-        self._compare(previous, now)
         last = self.record.ratios[self.window.correct_at] * (ADAPTIVE_LEAP if adaptive else 1 + SAME_STEP)
         if now.ratio > last:
             return None

@@ -30,17 +30,18 @@ class Window:
 
 
 def plan_window(
-    ratios: list[float], window: str, detect_from: float, correct_at: float, between: tuple[float, float]
+    ratios: list[float], window: str, detect_from: float, correct_at: float, between: tuple[float, float], lead: int = 1
 ) -> Window | str:
     """Choose the window of a run.
 
     Args:
         ratios: b / a at every sigma at which a step begins, falling; its length is the number of steps.
-        window: "manual" takes the two fractions of the run's steps. "auto" ignores them: the first change it sees
-            ends at or below the detector's first noise ratio, and it repairs at the last step not below its second. A run that starts
+        window: "manual" takes the two fractions of the run's steps. "auto" ignores them: it looks from `lead`
+            steps before the first one at or below the detector's first noise ratio, so that the changes from there on
+            can be compared with what went before, and repairs at the last step not below its second. A run that starts
             below that (img2img, a second stage) is looked at from its first step on and repaired after a quarter of
             its steps.
-        between: noise ratios between which the detector looks, see Detector.auto_window.
+        between, lead: where the detector looks, see Detector.
 
     Returns:
         The window, or the reason why the run cannot be guarded.
@@ -65,7 +66,7 @@ def plan_window(
     early = [i for i, ratio in enumerate(ratios) if ratio >= between[1]]
     correct = min(max(early[-1] if early else steps // 4, 2), last)
     visible = sum(ratio > between[0] for ratio in ratios)
-    first = max(0, min(visible - 1, correct - 3))
+    first = max(0, min(visible - lead, correct - 3))
     return Window(first, correct)
 
 

@@ -1,13 +1,15 @@
 """The guard beside what people do: image to image, inpainting, video, two stages, rounds, corrections, reports."""
 
 import json
+from unittest import mock
 
 import comfy.nested_tensor
 import comfy.utils
 import nodes as core_nodes
 import pytest
 import torch
-from artifact_guard.nodes.asced.schema import ASCEDKSampler, ASCEDReport
+from artifact_guard.nodes.asced import watch
+from artifact_guard.nodes.asced.schema import ASCEDKSampler, ASCEDReport, ASCEDUnguarded
 from comfy.patcher_extension import WrappersMP
 
 from tests.exact.model import conditioning, exact_model
@@ -31,7 +33,7 @@ def test_image_to_image():
 def test_inpainting_judges_and_changes_the_masked_part_only():
     """What the inpainting mask keeps is neither judged, nor counted for the threshold, nor changed."""
     mask = torch.zeros(1, HEIGHT, WIDTH)
-    mask[:, 8:, 12:] = 1.0  # 30 %: were the still part counted, the median change would be 0. The trap is at its edge
+    mask[:, 8:, 2:] = 1.0  # the second trap lies in the part that is kept
     model, latent = exact_model(images(), traps=[trap([1]), trap([0, 1, 2], ELSEWHERE)]), {"samples": images(BATCH)}
     guarded, report = guard(model)
     bare, output = (ksampler(m, latent=latent | {"noise_mask": mask}) for m in (model, guarded))
@@ -208,3 +210,64 @@ def test_sampler_and_report_nodes():
     (region,) = summary["images"][1]["regions"]
     assert region["area"] * HEIGHT * WIDTH == pytest.approx(mask[1].sum().item())
     assert summary["images"][1]["repaired_fraction"] > region["area"]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "uni_pc", "euler_cfg_pp"])
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+def test_the_unguarded_result_is_kept_on_request(sampler, kind):
+    """keep_unguarded gives what the bare model gives, bit for bit, beside the repaired result, which stays the same."""
+    model = trapped_model(kind)
+    guarded, report = guard(model, options={"keep_unguarded": True})
+    output, plain = ksampler(guarded, sampler), ksampler(guard(model)[0], sampler)
+    latent = {"samples": output}
+    unguarded = ASCEDUnguarded.execute(report, latent).result[0]["samples"]
+    assert same(unguarded, ksampler(model, sampler)) and same(output, plain) and not same(output, unguarded)
+    assert same(ksampler(model, sampler), unguarded), "another run of the model is not disturbed"
+
+
+def test_the_unguarded_result_of_a_run_without_repairs():
+    """Nothing repaired: the latent itself. Repaired and not kept: an error that says which switch to turn."""
+    guarded, report = guard(exact_model(images()))
+    latent = {"samples": ksampler(guarded)}
+    assert ASCEDUnguarded.execute(report, latent).result[0] is latent
+    guarded, report = guard(trapped_model())
+    with pytest.raises(ValueError, match="keep_unguarded is on"):
+        ASCEDUnguarded.execute(report, {"samples": ksampler(guarded)})
+
+
+def put_back_run(sampler, worse):
+    """A guarded run of the trapped model in which samples `worse` are judged worse after their repair."""
+    model = trapped_model(rows=(0, 1))
+    guarded, report = guard(model)
+    real, calls = watch.border_jump, []
+
+    def jump(x, mask):
+        calls.append(1)
+        grown = torch.tensor([100.0 if i in worse and len(calls) == 1 else 1.0 for i in range(BATCH)])
+        return real(x, mask) * 0 + grown
+
+    with mock.patch.object(watch, "border_jump", jump):
+        run = Run(guarded, sampler).start()
+    return model, run, report.runs[0]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "euler_ancestral"])
+def test_a_repair_that_shows_more_than_before_is_put_back(sampler):
+    """The samples made worse go on as they were, bit for bit, the others repaired; all for one model call."""
+    model, run, record = put_back_run(sampler, worse={1})
+    bare = Run(model, sampler).start()
+    first, second, third = run.legs
+    assert same(third.x[0], second.x[0]) and same(third.x[2], second.x[2])
+    assert same(third.x[1], run.state_before(1)[1]) and not same(second.x[1], third.x[1])
+    assert len(run.inputs) == len(bare.inputs) + 1 == record.model_calls
+    assert record.undone[1].any() and not record.repaired[1].any() and record.repaired[0].any()
+    if sampler == "euler":
+        assert same(run.output[1], bare.output[1]) and not same(run.output[0], bare.output[0])
+    outcomes = [region["outcome"] for image in record.summary()["images"] for region in image["regions"]]
+    assert any("undone" in outcome for outcome in outcomes)
+
+
+def test_all_repairs_put_back_is_the_bare_run():
+    """Every repair undone: an Euler run ends as if there had been no guard."""
+    model, run, record = put_back_run("euler", worse={0, 1})
+    assert same(run.output, Run(model, "euler").start().output) and not record.repaired.any()
