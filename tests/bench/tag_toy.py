@@ -10,8 +10,8 @@ from scipy.optimize import linear_sum_assignment
 STEPS, DRIFT, POINTS = 100, 0.01, 500
 CENTRE, SPREAD = 10.0, 1.0
 SEEDS = (0, 1, 2)
-LAYERS = (1, 2, 3, 4, 5, 6)
-WIDTH, TRAIN_STEPS, PREDICTOR_STEPS, BATCH = 128, 3000, 1500, 512
+LAYERS = (1, 3, 6)
+WIDTH, TRAIN_STEPS, PREDICTOR_STEPS, BATCH = 128, 6000, 1500, 512
 CLASSES = 100
 
 
@@ -36,11 +36,13 @@ def perceptron(inputs: int, outputs: int, layers: int) -> torch.nn.Sequential:
 
 def train(network, loss, steps: int, rate: float = 1e-3):
     optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         value = loss()
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
+        falling.step()
     return network.eval().requires_grad_(False)
 
 

@@ -21,6 +21,7 @@ from tests.harness.cache import cache_folder
 from tests.harness.pack import load_pack, prepare_comfyui
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ from tests.exact.time_posterior import log_time_posterior
 NAME = "demo_fashion_mnist.safetensors"
 BATCH = 64
 RATES = ((2 / 3, 1e-3), (1 / 3, 2e-4))
+OTHER_SIZES = (0.5, 2.0)
 EXACT_IMAGES, EXACT_DRAWS = 3000, 128
 
 
@@ -75,7 +77,14 @@ def gaps(predictor, model, test, latest: float) -> dict[str, float]:
         return log_time_posterior(exact, u, sigmas)
 
     common = {"schedule": schedule, "latest": latest}
-    return {
+    resized = {
+        f"unconditional, {factor:g} times the size": TrainingData(F.interpolate(test.frames, scale_factor=factor, mode="area"))
+        for factor in OTHER_SIZES
+    }
+    sizes = {
+        name: held_out_time_gap(predictor.network, predictor.levels, data, **common) for name, data in resized.items()
+    }
+    return sizes | {
         "conditional": held_out_time_gap(predictor.network, predictor.levels, test, **common),
         "unconditional": held_out_time_gap(predictor.network, predictor.levels, images, **common),
         "exact posterior": held_out_time_gap(judge_exactly, predictor.levels, known, draws=EXACT_DRAWS, **common),

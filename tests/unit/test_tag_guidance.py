@@ -15,6 +15,8 @@ from artifact_guard.nodes.tag.judge import Judge
 from artifact_guard.nodes.tag.predictor_files import load_predictor
 from artifact_guard.nodes.tag.schema import TAGTimeGap
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_model_advanced import RescaleCFG
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
 from tests.exact.model import exact_model
 from tests.unit.tag_support import KINDS, SIZE, fresh_predictor, guide, images, model, run, trainer
@@ -180,6 +182,21 @@ def test_the_model_given_and_the_options_stay_as_they_were():
     assert not report.runs
 
 
+def test_a_run_inside_another_packs_wrapper_leaves_nothing_behind():
+    """A wrapper that samples twice with the same options: the first run's guidance is gone in the second."""
+    bare = model("eps")
+
+    def twice(executor, *args, **kwargs):
+        executor(*args, **kwargs)
+        return executor(*args, **kwargs)
+
+    bare.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "twice", twice)
+    guided, report = guide(bare)
+    run(guided)
+    assert [record.times.shape for record in report.runs] == [(8, 2), (8, 2)]
+    assert not any(record.steps for record in report.runs)
+
+
 def test_time_gap_node():
     """The mean, a picture, and JSON; before any sampling it says so."""
     guided, report = guide(model("eps"), strength=0.73)
@@ -244,3 +261,15 @@ def test_noisy_euler_adds_what_it_says():
     """The tests' own sampler: without noise it is Euler's."""
     bare = model("flow")
     assert torch.allclose(run(bare, noise=0.0), run(bare), atol=1e-4)
+
+
+def test_stacks_with_cores_guidance_on_a_network():
+    """Perturbed attention and rescaled CFG on the demo model, below and above TAG: both still act, nothing breaks."""
+    bare, _ = load_demo_model()
+    token, nothing = [[class_token(3), {}]], [[class_token(None), {}]]
+    options = {"shape": (2, 3, 32, 32), "steps": 4, "positive": token, "negative": nothing, "cfg": 3.0}
+    plain = run(guide(bare)[0], **options)
+    for patch in (lambda m: PerturbedAttentionGuidance.execute(m, 2.0)[0], lambda m: RescaleCFG().patch(m, 0.7)[0]):
+        for patched in (guide(patch(bare))[0], patch(guide(bare)[0])):
+            output = run(patched, **options)
+            assert output.isfinite().all() and not torch.equal(output, plain)
