@@ -1,4 +1,4 @@
-"""Pictures for FAM's help pages: sound images with planted flaws, their maps, and the same refined by the demo model."""
+"""Pictures for FAM's help pages and its template (fam.jpg): sound images with planted flaws, their maps, and the same refined by the demo model."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def sheet(rows: dict[str, torch.Tensor], captions: dict[str, list[str]], path: P
             if name in captions:
                 draw.text((left + side // 2, top + side + 1), captions[name][column], fill=INK, font=font, anchor="ma")
         top += side + GAP + (line if name in captions else 0)
-    picture.save(path, optimize=True)
+    picture.save(path, optimize=True, quality=85)
 
 
 def run(pack, output: Path, data: Path | None) -> dict:
@@ -68,5 +68,6 @@ def run(pack, output: Path, data: Path | None) -> dict:
     refined = as_image(torch.cat(refined))
     after = [f"{p:.2f}" for p in highlighter.generated_probability(refined).tolist()]
     rows = {"with a\nplanted flaw": enlarge(as_image(flawed)), "flaw map": heat, "refined": enlarge(refined)}
-    sheet(rows, {"flaw map": numbers, "refined": after}, output / "fam_refine.png")
-    return {"pictures": ["fam_flaw_map.png", "fam_refine.png"], "before": numbers, "after": after}
+    for name in ("fam_refine.png", "fam.jpg"):
+        sheet(rows, {"flaw map": numbers, "refined": after}, output / name)
+    return {"pictures": ["fam_flaw_map.png", "fam_refine.png", "fam.jpg"], "before": numbers, "after": after}

@@ -166,10 +166,17 @@ def test_report_read_before_sampling_says_so(comfy_server, quickstart):
     assert failure.value.details["node_type"] == "ASCEDReport"
 
 
-def test_template_is_listed_and_served(comfy_server):
-    assert comfy_server.get_json("/workflow_templates")[PACK_NAME] == [WORKFLOW.stem]
-    address = f"/api/workflow_templates/{PACK_NAME}/{WORKFLOW.stem}"
-    assert comfy_server.get_json(address + ".json") == json.loads(WORKFLOW.read_text(encoding="utf-8"))
+WORKFLOWS = sorted(WORKFLOW.parent.glob("*.json"))
+
+
+def test_templates_are_listed(comfy_server):
+    assert comfy_server.get_json("/workflow_templates")[PACK_NAME] == [path.stem for path in WORKFLOWS]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=[path.stem for path in WORKFLOWS])
+def test_template_is_served(comfy_server, workflow):
+    address = f"/api/workflow_templates/{PACK_NAME}/{workflow.stem}"
+    assert comfy_server.get_json(address + ".json") == json.loads(workflow.read_text(encoding="utf-8"))
     picture = comfy_server.request(address + ".jpg")
     assert len(picture) <= TEMPLATE_PICTURE_BYTES
     assert Image.open(io.BytesIO(picture)).format == "JPEG"
