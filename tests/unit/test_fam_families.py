@@ -78,8 +78,11 @@ def reference(small, flaw_map, places, keys=True, values=True, batch=2):
             factor = torch.ones(len(amounts), lengths[1])
             factor[:, first : first + image] += amounts
             factor = factor.repeat(len(k) // len(amounts), 1)
-            factor = factor[:, None, :, None] if axis == 2 else factor[:, :, None]
-            k, v = k * factor if keys else k, v * factor if values else v
+            # By hand for each: SD3's values have their heads behind the tokens, its keys have them in the channels.
+            k, v = (
+                t * factor.view([len(t)] + [lengths[1] if i == axis else 1 for i in range(1, t.ndim)]) if wanted else t
+                for t, wanted in ((k, keys), (v, values))
+            )
         return func(q, k, v, *args, **kwargs)
 
     model = small.model.clone()
