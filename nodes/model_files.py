@@ -57,9 +57,6 @@ def save_model_file(folder: str, filename_prefix: str, kind: str, tensors: dict,
         )
     path_folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
     path = os.path.join(path_folder, f"{name}_{counter:05}_{EXTENSION}")
-    while os.path.exists(path):
-        counter += 1
-        path = os.path.join(path_folder, f"{name}_{counter:05}_{EXTENSION}")
     write_model_file(path, kind, tensors, settings)
     return path
 

@@ -118,6 +118,25 @@ def test_outside_the_regions_nothing_changes(demo):
     assert all(entry["after"] < entry["before"] for entry in report["images"])
 
 
+def test_outside_is_untouched_where_latents_are_scaled():
+    """Stable Diffusion's latents go through a factor and back, which costs bits: outside the regions none may go."""
+    small = small_model("sd15")
+
+    class Vae:
+        def decode(self, samples):
+            return torch.ones(len(samples), 32, 32, 3)
+
+    latent = {"samples": torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1))}
+    settings = RefineSettings(1, 3, 1.0, "euler", "simple", 0.5)
+    with torch.inference_mode():
+        refiner = Refiner(small.model, Vae(), None, small.conditioning(1), small.conditioning(2), latent, settings)
+        regions = refiner.regions()
+        redrawn = refiner.resample(regions, 0)
+    outside = (regions == 0).expand_as(redrawn)
+    assert outside.any() and torch.equal(redrawn[outside], latent["samples"][outside])
+    assert not torch.equal(redrawn, latent["samples"])
+
+
 def test_a_round_that_made_it_worse_is_undone(demo, monkeypatch):
     """The first round helps the first image only, the second only the second; each keeps its own."""
     values = iter([torch.tensor([0.8, 0.8]), torch.tensor([0.6, 0.9]), torch.tensor([0.7, 0.5])])
