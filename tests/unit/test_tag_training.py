@@ -61,14 +61,14 @@ def test_a_condition_changes_the_answer_and_none_is_none():
 
 
 def test_training_learns_levels():
-    """Some steps bring the loss under chance, ln 256 = 5.55, and the held-out gap far under a guess's 250."""
+    """Some steps bring the loss under chance, ln 256 = 5.55, and the held-out gap under a guess's 250 and more."""
     bare = model()
-    work = trainer(fresh_predictor(bare), rate=3e-3, batch=16)
-    losses = steps(work, 200)
-    assert losses[0] == pytest.approx(5.545, abs=0.1) and sum(losses[-20:]) / 20 < 5.4
+    work = trainer(fresh_predictor(bare), rate=1e-3, batch=32)
+    losses = steps(work, 150)
+    assert losses[0] == pytest.approx(5.545, abs=0.1) and sum(losses[-20:]) / 20 < 5.2
     predictor = work.result()
     schedule = Schedule.of(bare.get_model_object("model_sampling"))
-    assert held_out_time_gap(predictor.network, predictor.levels, TrainingData(images()), schedule) < 150
+    assert held_out_time_gap(predictor.network, predictor.levels, TrainingData(images()), schedule) < 220
 
 
 def test_held_out_gap_of_a_perfect_judge_is_its_grid():
