@@ -1,4 +1,4 @@
-"""Connected regions of boolean masks: labelling, hysteresis, filters by area and width, dilation."""
+"""Connected regions of boolean masks: labelling, hysteresis, filters by area and width, opening, dilation."""
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,16 @@ def dilate_square(mask: torch.Tensor, radius: int) -> torch.Tensor:
     if radius == 0:
         return mask
     return F.max_pool2d(mask.float()[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0] > 0.5
+
+
+def open_square(mask: torch.Tensor, side: int) -> torch.Tensor:
+    """Opening: of a mask (B, H, W) bool, the pixels that some square of side x side pixels within it covers."""
+    if side <= 1:
+        return mask
+    if side > min(mask.shape[-2:]):
+        return torch.zeros_like(mask)
+    whole = -F.max_pool2d(-mask.float()[:, None], side, stride=1)
+    return F.max_pool2d(F.pad(whole, [side - 1] * 4), side, stride=1)[:, 0] > 0.5
 
 
 def count_in_region(labels: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.regions import grow_from
+from ...kernels.regions import grow_from, open_square
 from ...kernels.robust_threshold import NORMAL_CONSISTENCY, robust_threshold, sample_median, sample_quantile
 from ...kernels.score_dynamics import change_speed
+from ..latents import pixels
 from .detector import Detector, Findings, keep_regions
 from .estimate import Estimate
 from .options import AscedOptions
@@ -44,6 +45,9 @@ STRAGGLER_RATIO = 3.2
 
 WEAK = 0.5
 """Hysteresis: a region reaches out to the pixels whose score is above this share of the limit."""
+
+THINNEST = 2
+"""Lines of one latent pixel are no region: edges that sharpen look like that."""
 
 LEAST_STEP = 0.09
 """Estimates closer than this in ln(b / a) are compared as one step, so that 200 steps show what 25 steps show."""
@@ -70,6 +74,7 @@ class DynamicsDetector(Detector):
     ):
         super().__init__(options, travel)
         self.sensitivity = sensitivity
+        self.thinnest = max(THINNEST, pixels(options.min_width, shorter_side)) if options.min_width > 0 else 1
         self.past: list[tuple[float, torch.Tensor]] = []
         self.move: Move | None = None
         self.valid: torch.Tensor | None = None
@@ -104,7 +109,7 @@ class DynamicsDetector(Detector):
             self.move = None
         if self.peak is None:
             return None
-        strong, weak = self.peak > 1.0, self.peak > WEAK
+        strong, weak = self.peak > 1.0, open_square(self.peak > WEAK, self.thinnest)
         regions = grow_from(support_in_time(strong, frames_per_sample), weak)
         return Findings(keep_regions(regions, self.options), self.peak, self.onset)
 

@@ -90,8 +90,8 @@ class Restart(Exception):
 class GuardedRun:
     """The guard's state in one call of a sampler: made when sampling starts, gone when it ends.
 
-    `unguarded` is what the sampler gave without a repair, if the user wants it kept: the first leg then runs to its
-    end, with the restart `waiting` until it is there.
+    `unguarded` is what the sampler gave without a repair and the sigma it ended at, if the user wants it kept: the first
+    leg then runs to its end, with the restart `waiting` until it is there.
     """
 
     def __init__(self, settings: GuardSettings, record: RunRecord, watch: Watch, model_sampling, schedule: torch.Tensor):
@@ -102,7 +102,7 @@ class GuardedRun:
         self.schedule = schedule
         self.sigmas = schedule.tolist()
         self.waiting: Restart | None = None
-        self.unguarded: torch.Tensor | None = None
+        self.unguarded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def sample(self, sampler_function, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         """The sampler function that KSAMPLER calls instead of `sampler_function`; same arguments, same result."""
@@ -123,7 +123,7 @@ class GuardedRun:
                         sigmas[-1] = remaining[-1]
                     self.watch.finish()
                     return result
-                self.unguarded = result
+                self.unguarded = (result, remaining[-1])
                 restart = self.waiting
             except Restart as left:
                 if left.run is not self:
@@ -301,6 +301,7 @@ class GuardPatch:
         inner = WrapperExecutor.new_class_executor(guarded.sample, guarded, executor.wrappers, executor.idx + 1)
         result = inner.execute(*arguments)
         if run.unguarded is not None:
-            clean = model_sampling.inverse_noise_scaling(schedule[-1].to(result), run.unguarded)
+            sampled, last_sigma = run.unguarded
+            clean = model_sampling.inverse_noise_scaling(last_sigma, sampled)
             record.keep_unguarded(model_wrap.inner_model.process_latent_out(clean.to(torch.float32)))
         return result

@@ -38,8 +38,8 @@ NODES = {
         "ASCED Options",
         "Artifact Guard/ASCED",
         [
-            ("detector", ["clean estimate", "weighted score"]),
-            ("correction", ["targeted", "state replacement", "score clipping"]),
+            ("detector", ["clean estimate", "weighted score", "score dynamics"]),
+            ("correction", ["targeted", "state replacement", "score clipping", "surroundings"]),
             ("reverse_step", "INT"),
             ("blur", "FLOAT"),
             ("min_area", "FLOAT"),
@@ -49,7 +49,7 @@ NODES = {
             ("rounds", "INT"),
             ("noise_seed", "INT"),
         ],
-        [],
+        [("keep_unguarded", "BOOLEAN")],
         [("options", "ASCED_OPTIONS")],
     ),
     "ASCEDKSampler": Node(
@@ -84,6 +84,13 @@ NODES = {
             ("summary", "STRING"),
         ],
         output_node=True,
+    ),
+    "ASCEDUnguarded": Node(
+        "ASCED Unguarded Result",
+        "Artifact Guard/ASCED",
+        [("report", "ARTIFACT_REPORT"), ("latent", "LATENT")],
+        [],
+        [("latent", "LATENT")],
     ),
     "FAMTrainFlawHighlighter": Node(
         "Train Flaw Highlighter (FAM)",
@@ -237,7 +244,7 @@ DEFAULTS = {
     "TAGTrainTimePredictor": {"steps": 3000, "batch_size": 128, "learning_rate": 1e-4},
     "TemporalAlignmentGuidance": {"strength": 1.0, "mode": "relative", "start_percent": 0.0, "end_percent": 1.0},
     "ASCEDGuard": {"mode": "correct", "sensitivity": 1.0, "strength": 1.0, "window": "auto"},
-    "ASCEDOptions": {"detector": "clean estimate", "correction": "targeted", "reverse_step": 1, "rounds": 1},
+    "ASCEDOptions": {"detector": "score dynamics", "correction": "surroundings", "reverse_step": 1, "rounds": 1},
     "ASCEDKSampler": {"mode": "correct", "sensitivity": 1.0, "strength": 1.0},
     "FAMTrainFlawHighlighter": {"learning_rate": 2e-5, "image_size": 256},
     "FAMFlawMap": {"reduce": "each image"},

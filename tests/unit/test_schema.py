@@ -36,11 +36,11 @@ CONTRACT = {
     ),
     "ASCEDOptions": (
         "ASCED Options", "ASCED",
-        [("detector", "COMBO", ["clean estimate", "weighted score"], "clean estimate"),
-         ("correction", "COMBO", ["targeted", "state replacement", "score clipping"], "targeted"),
+        [("detector", "COMBO", ["clean estimate", "weighted score", "score dynamics"], "score dynamics"),
+         ("correction", "COMBO", ["targeted", "state replacement", "score clipping", "surroundings"], "surroundings"),
          ("reverse_step", "INT", 1), ("blur", "FLOAT", 2 / 256), ("min_area", "FLOAT", 0.0015),
          ("max_area", "FLOAT", 0.15), ("min_width", "FLOAT", 5 / 256), ("dilate", "FLOAT", 5 / 256),
-         ("rounds", "INT", 1), ("noise_seed", "INT", 0)],
+         ("rounds", "INT", 1), ("noise_seed", "INT", 0), ("keep_unguarded", "BOOLEAN", OPTIONAL)],
         [("options", "ASCED_OPTIONS")],
     ),
     "ASCEDKSampler": (
@@ -57,6 +57,11 @@ CONTRACT = {
         [("report", "ARTIFACT_REPORT"), ("latent", "LATENT"), ("image", "IMAGE", OPTIONAL)],
         [("artifact_mask", "MASK"), ("overlay", "IMAGE"), ("curves", "IMAGE"), ("artifact_fraction", "FLOAT"),
          ("summary", "STRING")],
+    ),
+    "ASCEDUnguarded": (
+        "ASCED Unguarded Result", "ASCED",
+        [("report", "ARTIFACT_REPORT"), ("latent", "LATENT")],
+        [("latent", "LATENT")],
     ),
     "FAMTrainFlawHighlighter": (
         "Train Flaw Highlighter (FAM)", "FAM",

@@ -1,0 +1,166 @@
+"""The guard on small models of the real architectures: image and video, every sampler, schedule, size and dtype."""
+
+import math
+
+import comfy.samplers
+import pytest
+import torch
+from artifact_guard.nodes.asced.guard import guard_model
+from artifact_guard.nodes.asced.options import AscedOptions, GuardSettings
+from artifact_guard.nodes.coordinates import coefficients
+
+from tests.exact.images import shape_images
+from tests.exact.model import exact_model
+from tests.exact.model import sample as sample_exact
+from tests.small_models import sample, small_model
+
+FAMILIES = ("sd15", "sdxl", "sd3", "flux", "wan", "qwen_image", "lumina2")
+STEPS = 10
+SQUARE = (slice(4, 9), slice(6, 11))
+TRAP_AT = 5.0
+EVERYTHING = AscedOptions(max_area=1.0)
+
+
+def trapped(model, amplitude=50.0, row=0, square=SQUARE, frames=None, at=TRAP_AT):
+    """The model with an artifact: from b / a `at` on, a square of one sample of what it predicts is far off and frozen.
+
+    frames: of a video, those that have it; None for all.
+    """
+    patched, frozen = model.clone(), {}
+    sampling = model.get_model_object("model_sampling")
+
+    def plant(args):
+        denoised = args["denoised"]
+        a, b = coefficients(sampling, args["sigma"].flatten()[0])
+        if a == 0 or b / a > at:
+            frozen.clear()
+            return denoised
+        where = (row, slice(None), *((frames if frames is not None else slice(None),) if denoised.ndim == 5 else ()), *square)
+        if "artifact" not in frozen:
+            frozen["artifact"] = denoised[where] + amplitude * denoised.std()
+        denoised = denoised.clone()
+        denoised[where] = frozen["artifact"]
+        return denoised
+
+    patched.set_model_sampler_post_cfg_function(plant)
+    return patched
+
+
+def guarded_run(model, small, options=EVERYTHING, settings=None, **run):
+    """(samples, record) of the model under a guard."""
+    guarded, report = guard_model(model, GuardSettings(options=options, **(settings or {})))
+    samples = sample(small, guarded, steps=run.pop("steps", STEPS), **run)
+    return samples, report.find({"samples": samples})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_artifact_is_found_and_repaired_in_its_sample_alone(family):
+    small = small_model(family)
+    latent = small.latent(batch=2, frames=3 if small.frames else None)
+    model = trapped(small.model)
+    bare = sample(small, model, latent, steps=STEPS)
+    output, record = guarded_run(model, small, latent=latent, settings={"sensitivity": 0.5})
+    frames = record.layout.frames_per_sample
+    regions = record.regions.unflatten(0, (2, frames))
+    assert record.reason is None and record.restarts == 1
+    assert regions[0][..., SQUARE[0], SQUARE[1]].float().mean() > 0.9, "the square is found"
+    repaired = record.repaired.unflatten(0, (2, frames))
+    assert repaired[0][..., SQUARE[0], SQUARE[1]].all() and torch.isfinite(output).all()
+    if not regions[1].any():  # nothing found in the batch-mate: it goes on as if it were alone
+        torch.testing.assert_close(output[1], bare[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_guard_that_finds_nothing_changes_no_bit(family):
+    small = small_model(family)
+    bare = sample(small, steps=STEPS)
+    output, record = guarded_run(small.model, small, settings={"sensitivity": 0.01})
+    assert torch.equal(output, bare) and record.reason is None and record.restarts == 0 and not record.regions.any()
+
+
+@pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
+def test_every_sampler_of_core(sampler):
+    """Either the run is guarded and repaired, or the report says why it could not be; it always ends, and finite."""
+    small = small_model("sd15")
+    latent = small.latent()
+    output, record = guarded_run(trapped(small.model, amplitude=20.0), small, latent=latent, sampler=sampler)
+    assert torch.isfinite(output).all()
+    unguarded = sampler in ("lcm_upscale", "ar_video")
+    assert record.restarts == (0 if record.reason else 1), record.reason
+    assert bool(record.reason) <= unguarded, record.reason
+
+
+@pytest.mark.parametrize("scheduler", comfy.samplers.KSampler.SCHEDULERS)
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_every_schedule(family, scheduler):
+    """Wherever a schedule leaves two steps to see the artifact by, the window holds them; else it finds nothing."""
+    small = small_model(family)
+    _, record = guarded_run(trapped(small.model), small, scheduler=scheduler, steps=16)
+    assert record.reason is None
+    ratios = [ratio for ratio in record.ratios if math.isfinite(ratio)]
+    visible = ratios[0] > TRAP_AT and sum(1.6 <= ratio <= TRAP_AT for ratio in ratios) >= 2
+    assert record.restarts == visible
+    if visible:
+        assert record.regions[0][SQUARE].float().mean() > 0.9
+        assert 1.6 <= record.ratios[record.window.correct_at] < TRAP_AT
+
+
+def test_schedules_that_show_the_artifact():
+    """The condition above holds for the schedules people use: it does not excuse them all."""
+    shown = []
+    for family in ("sd15", "flux"):
+        small = small_model(family)
+        for scheduler in ("simple", "beta", "normal", "sgm_uniform"):
+            _, record = guarded_run(trapped(small.model), small, scheduler=scheduler, steps=16)
+            shown.append(record.restarts)
+    assert shown == [1] * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_half_precision(family, dtype):
+    small = small_model(family)
+    small.model.model.to(dtype)
+    small.model.model.diffusion_model.dtype = dtype
+    small.model.model.manual_cast_dtype = None
+    small.model.model.model_config.set_inference_dtype(dtype, None)
+    output, record = guarded_run(trapped(small.model), small)
+    assert record.reason is None and record.restarts == 1 and torch.isfinite(output).all()
+    assert record.regions[0][SQUARE].float().mean() > 0.9
+
+
+@pytest.mark.parametrize("size", [(17, 30), (64, 96), (128, 128), (256, 256)])
+def test_sizes_up_to_a_2048_pixel_image(size):
+    """Lengths and areas follow the size: the same share of the image is found at every one."""
+    height, width = size
+    square = (slice(height // 4, height // 2), slice(width // 4, width // 2))
+    model = exact_model(shape_images(12, max(size), seed=3)[..., :height, :width])
+    guarded, report = guard_model(trapped(model, amplitude=10.0, square=square), GuardSettings())
+    with torch.inference_mode():
+        output = sample_exact(guarded, "euler", "simple", steps=STEPS, latent=(1, 3, height, width))
+    record = report.find({"samples": output})
+    assert output.shape[-2:] == size and record.restarts == 1
+    assert record.regions[0][square].float().mean() > 0.9 and record.regions[0].float().mean() < 0.15
+
+
+def test_a_region_of_a_video_is_followed_through_its_frames():
+    """Strong in one frame, weak in the next: the region does not flicker out; far frames stay untouched."""
+    from artifact_guard.nodes.asced.dynamics import support_in_time
+    from artifact_guard.kernels.regions import grow_from
+
+    peak = torch.zeros(2, 5, 12, 12)
+    peak[0, 1:4, 3:6, 3:6] = 0.8
+    peak[0, 2, 4, 4] = 1.2
+    peak[1] = 0.8  # the other video is weak everywhere and strong nowhere
+    flat = peak.flatten(0, 1)
+    found = grow_from(support_in_time(flat > 1.0, 5), flat > 0.5).unflatten(0, (2, 5))
+    assert found[0, 1:4, 3:6, 3:6].all() and not found[0, [0, 4]].any() and not found[1].any()
+    assert not grow_from(flat > 1.0, flat > 0.5).unflatten(0, (2, 5))[0, 1].any(), "without it the region flickers"
+
+
+def test_video_frames_are_judged_each_by_itself():
+    small = small_model("wan")
+    latent = small.latent(batch=1, frames=5)
+    output, record = guarded_run(trapped(small.model, frames=slice(2, 3)), small, latent=latent)
+    assert record.layout.frames_per_sample == 5 and record.restarts == 1 and torch.isfinite(output).all()
+    assert record.regions[2][SQUARE].float().mean() > 0.9 and not record.regions[[0, 4]][(..., *SQUARE)].all()
