@@ -9,9 +9,10 @@ burst     |s_t - s_(t-1)| * |V_t - (V_(t-1) + V_(t+1)) / 2| in the pixel's large
           any; and a part of the step's motion (the median of |D_t - D_(t-1)|), since where much moves, it moves
           unevenly. Medians and MAD are those of the active pixels: the ones that have come 0.7 times as far as the 0.8
           quantile since the run began, at least three tenths of all. An even background, which never moves, would
-          make everything else an outlier.
+          make everything else an outlier. And a burst has to be 4 times as strong as the frame's strongest one at
+          the calmest fifth of its steps: in some pictures large parts decide themselves at every step.
 straggler |D_t - D_u| / |s_t - s_u| in the largest channel, u being a step of 1.3 times the noise ratio or more, in
-          units of the larger of: 4 times its own 0.85 quantile, as late detail has a heavy tail; and a quarter of the
+          units of the larger of: 4 times its own 0.85 quantile, as late detail has a heavy tail; and a twentieth of the
           largest median so far. It counts below a noise ratio of 3.2.
 
 Both are divided by the value at which they are called abnormal, so that 1 is the limit. The constants were chosen on
@@ -37,6 +38,7 @@ BURST_LIMIT = 10.0
 BURST_MAD_FLOOR = 0.1
 BURST_MOTION = 0.18
 ACTIVE_TRAVEL, ACTIVE_QUANTILE, ACTIVE_SHARE = 0.7, 0.8, 0.3
+BURST_OVER_USUAL, USUAL_QUANTILE, FEW_STEPS = 4.0, 0.2, 4
 STRAGGLER_LIMIT = 2.3
 STRAGGLER_TAIL, STRAGGLER_QUANTILE = 4.0, 0.85
 STRAGGLER_FLOOR = 0.05
@@ -78,6 +80,9 @@ class DynamicsDetector(Detector):
         self.past: list[tuple[float, torch.Tensor]] = []
         self.move: Move | None = None
         self.valid: torch.Tensor | None = None
+        self.burst: torch.Tensor | None = None
+        self.burst_at: torch.Tensor | None = None
+        self.burst_tops: list[torch.Tensor] = []
         self.largest_mad: torch.Tensor | None = None
         self.largest_motion: torch.Tensor | None = None
 
@@ -93,7 +98,7 @@ class DynamicsDetector(Detector):
         self.valid = valid
         velocity = (current.denoised.float() - denoised) / length
         if self.move is not None:
-            self._take(self._burst(self.move, velocity), self.move.ratio)
+            self._burst(self.move, velocity)
         self.past.append((current.position, current.denoised.float()))
         self._straggler()
         self.move = Move(velocity, length, math.exp(position), None if self.move is None else self.move.velocity)
@@ -105,22 +110,25 @@ class DynamicsDetector(Detector):
 
     def findings(self, frames_per_sample: int = 1) -> Findings | None:
         if self.move is not None and self.move.before is not None:  # the last change: known from its one side only
-            self._take(self._burst(self.move, None), self.move.ratio)
+            self._burst(self.move, None)
             self.move = None
+        if self.burst is not None:
+            self.take(self.burst / self._usual_burst(), self.burst_at)
         if self.peak is None:
             return None
         strong, weak = self.peak > 1.0, open_square(self.peak > WEAK, self.thinnest)
         regions = grow_from(support_in_time(strong, frames_per_sample), weak)
         return Findings(keep_regions(regions, self.options), self.peak, self.onset)
 
-    def _take(self, score: torch.Tensor, ratio: float) -> None:
+    def take(self, score: torch.Tensor, ratio: torch.Tensor | float) -> None:
+        """Take in scores (F, H, W), 1 = the limit at sensitivity 1, of changes that began at `ratio`."""
         score = score * self.sensitivity
         if self.valid is not None:
             score = score.masked_fill(~self.valid, 0.0)
-        self.take(score, score > WEAK, ratio)
+        super().take(score, score > WEAK, ratio)
 
-    def _burst(self, move: Move, after: torch.Tensor | None) -> torch.Tensor:
-        """Score of the change `move`, (F, H, W), against the one before it and the one after it."""
+    def _burst(self, move: Move, after: torch.Tensor | None) -> None:
+        """Judge the change `move` against the one before it and the one after it."""
         sides = [side for side in (move.before, after) if side is not None]
         bend = (move.velocity - sum(sides) / len(sides)).abs().amax(dim=1) * move.length
         active = self._active()
@@ -130,7 +138,23 @@ class DynamicsDetector(Detector):
         self.largest_mad = mad if self.largest_mad is None else torch.maximum(self.largest_mad, mad)
         motion = sample_median(move.velocity.abs().amax(dim=1).flatten(1), valid) * move.length
         unit = torch.maximum(BURST_MAD_FLOOR * self.largest_mad, BURST_MOTION * motion)
-        return scaled(bend - median[:, None, None], BURST_LIMIT * torch.maximum(unit, mad))
+        score = scaled(bend - median[:, None, None], BURST_LIMIT * torch.maximum(unit, mad))
+        if self.valid is not None:
+            score = score.masked_fill(~self.valid, 0.0)
+        self.burst_tops.append(score.flatten(1).amax(dim=1))
+        if self.burst is None:
+            self.burst, self.burst_at = score, torch.full_like(score, move.ratio)
+        else:
+            self.burst_at = torch.where(score > self.burst, move.ratio, self.burst_at)
+            self.burst = torch.maximum(self.burst, score)
+
+    def _usual_burst(self) -> torch.Tensor:
+        """What a burst of each frame has to exceed, (F, 1, 1): 1, or more where all its steps have strong ones."""
+        tops = torch.stack(self.burst_tops)
+        if len(tops) < FEW_STEPS:  # a burst shows at the steps beside its own too: no calm one may be left
+            return torch.ones_like(tops[0])[:, None, None]
+        usual = tops.sort(dim=0).values[int(USUAL_QUANTILE * (len(tops) - 1))]
+        return (BURST_OVER_USUAL * usual).clamp(min=1.0)[:, None, None]
 
     def _active(self) -> torch.Tensor | None:
         """The pixels that a burst is compared with, (F, H, W) bool; None for all."""
@@ -155,7 +179,7 @@ class DynamicsDetector(Detector):
             return
         tail = STRAGGLER_TAIL * sample_quantile(speed, STRAGGLER_QUANTILE, self.valid)
         unit = torch.maximum(tail, STRAGGLER_FLOOR * self.largest_motion)
-        self._take(scaled(speed, STRAGGLER_LIMIT * unit), math.exp(start))
+        self.take(scaled(speed, STRAGGLER_LIMIT * unit), math.exp(start))
 
 
 def scaled(signal: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
