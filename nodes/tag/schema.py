@@ -105,19 +105,19 @@ class TemporalAlignmentGuidance(io.ComfyNode):
                     "end_percent", default=1.0, min=0.0, max=1.0, step=0.001, advanced=True,
                     tooltip="Where in the model's schedule guidance ends. Later steps are only measured.",
                 ),
+                TimePredictorType.Input(
+                    "time_predictor", optional=True,
+                    tooltip="Tells how noisy a sample is. Without one that is read off the run itself.",
+                ),
                 io.Combo.Input(
-                    "estimate", options=list(ESTIMATES), default=ESTIMATES[0], advanced=True,
+                    "estimate", options=list(ESTIMATES), default=ESTIMATES[0], optional=True, advanced=True,
                     tooltip="Where the direction comes from. closed form: from the model's own estimate, exact where that "
                     "is, no gradient. published gradient: that of the time predictor.",
                 ),
                 io.Combo.Input(
-                    "ask_at", options=list(ASKED_AT), default=ASKED_AT[0], advanced=True,
+                    "ask_at", options=list(ASKED_AT), default=ASKED_AT[0], optional=True, advanced=True,
                     tooltip="relative only. sample's level: the model is told the noise the sample really has. step's "
                     "level: what the schedule says, as in the paper.",
-                ),
-                TimePredictorType.Input(
-                    "time_predictor", optional=True,
-                    tooltip="Tells how noisy a sample is. Without one that is read off the run itself.",
                 ),
             ],
             outputs=[
@@ -130,10 +130,12 @@ class TemporalAlignmentGuidance(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, strength, mode, start_percent, end_percent, estimate, ask_at, time_predictor=None
+        cls, model, strength, mode, start_percent, end_percent, time_predictor=None, estimate=None, ask_at=None
     ) -> io.NodeOutput:
         identity = time_predictor.identity if time_predictor is not None else ""
-        settings = TagSettings(strength, mode, start_percent, end_percent, estimate, ask_at, identity)
+        settings = TagSettings(
+            strength, mode, start_percent, end_percent, estimate or ESTIMATES[0], ask_at or ASKED_AT[0], identity
+        )
         return io.NodeOutput(*guide_model(model, settings, time_predictor))
 
 

@@ -214,11 +214,20 @@ NODES = {
             ("mode", ["relative", "score", "shift"]),
             ("start_percent", "FLOAT"),
             ("end_percent", "FLOAT"),
+        ],
+        [
+            ("time_predictor", "TIME_PREDICTOR"),
             ("estimate", ["closed form", "published gradient"]),
             ("ask_at", ["sample's level", "step's level"]),
         ],
-        [("time_predictor", "TIME_PREDICTOR")],
         [("model", "MODEL"), ("report", "TIME_GAP_REPORT")],
+    ),
+    "ArtifactGuard": Node(
+        "Artifact Guard (all in one)",
+        "Artifact Guard",
+        [("model", "MODEL"), ("strength", "FLOAT"), ("use_asced", "BOOLEAN"), ("use_tag", "BOOLEAN")],
+        [("time_predictor", "TIME_PREDICTOR"), ("flaw_map", "MASK")],
+        [("model", "MODEL"), ("artifacts", "ARTIFACT_REPORT"), ("time_gaps", "TIME_GAP_REPORT")],
     ),
     "TAGTimeGap": Node(
         "Time Gap (TAG)",

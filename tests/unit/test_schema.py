@@ -123,14 +123,18 @@ CONTRACT = {
         "Temporal Alignment Guidance (TAG)", "TAG",
         [("model", "MODEL"), ("strength", "FLOAT", 1.0), ("mode", "COMBO", ["relative", "score", "shift"], "relative"),
          ("start_percent", "FLOAT", 0.0), ("end_percent", "FLOAT", 1.0),
-         ("estimate", "COMBO", ["closed form", "published gradient"], "closed form"),
-         ("ask_at", "COMBO", ["sample's level", "step's level"], "sample's level"),
-         ("time_predictor", "TIME_PREDICTOR", OPTIONAL)],
+         ("time_predictor", "TIME_PREDICTOR", OPTIONAL), ("estimate", "COMBO", OPTIONAL), ("ask_at", "COMBO", OPTIONAL)],
         [("model", "MODEL"), ("report", "TIME_GAP_REPORT")],
     ),
     "TAGTimeGap": (
         "Time Gap (TAG)", "TAG", [("report", "TIME_GAP_REPORT"), ("latent", "LATENT")],
         [("time_gap", "FLOAT"), ("curve", "IMAGE"), ("summary", "STRING")],
+    ),
+    "ArtifactGuard": (
+        "Artifact Guard (all in one)", "",
+        [("model", "MODEL"), ("strength", "FLOAT", 1.0), ("use_asced", "BOOLEAN", True), ("use_tag", "BOOLEAN", True),
+         ("time_predictor", "TIME_PREDICTOR", OPTIONAL), ("flaw_map", "MASK", OPTIONAL)],
+        [("model", "MODEL"), ("artifacts", "ARTIFACT_REPORT"), ("time_gaps", "TIME_GAP_REPORT")],
     ),
     "ArtifactGuardDemoModel": ("Load Demo Model", "Demo", [], [("model", "MODEL"), ("vae", "VAE")]),
     "ArtifactGuardDemoCondition": (
@@ -167,7 +171,7 @@ def test_sockets_and_widgets_are_the_contract(node):
     """Ids, types, order, defaults and choices of everything a saved workflow refers to."""
     schema = node.GET_SCHEMA()
     name, folder, inputs, outputs = CONTRACT[schema.node_id]
-    assert (schema.display_name, schema.category) == (name, f"Artifact Guard/{folder}")
+    assert (schema.display_name, schema.category) == (name, f"Artifact Guard/{folder}".rstrip("/"))
     assert [described(i) for i in schema.inputs] == inputs
     assert [(o.id, o.get_io_type()) for o in schema.outputs] == outputs
 
