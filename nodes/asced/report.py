@@ -211,7 +211,7 @@ class RunRecord:
         if (self.fallen_back[frame] & where).any():
             outcome = "renoised, and the model drew much the same again"
         elif (self.undone[frame] & where).any():
-            outcome = "repair undone: its border showed more than before"
+            outcome = "repair undone: its border showed no less than before"
         elif (self.repaired[frame] & where).any():
             outcome = "repaired"
         else:
