@@ -36,8 +36,8 @@ def sensitivity_input() -> io.Input:
 def strength_input() -> io.Input:
     return io.Float.Input(
         "strength", default=1.0, min=0.0, max=10.0, step=0.01,
-        tooltip="How far a repaired region is pushed away from what was there. Above 2 it may be redrawn too differently. "
-        "0 switches the guard off, bit for bit.",
+        tooltip="How far a repaired region is pushed away from what was there. Up to 5 frees artifacts more surely, and harms "
+        "sound parts taken for one. 0 switches the guard off, bit for bit.",
     )
 
 
