@@ -113,8 +113,9 @@ def test_pictures_without_findings_are_equal_bit_for_bit(comfy_server, object_in
     without = map(pixels, quickstart_run.pictures[WITHOUT])
     guarded = map(pixels, pictures(comfy_server, prompt, entry, WITH))
     for image, bare, repaired in zip(images, without, guarded, strict=True):
-        assert (image["verdict"] == "clean") == (image["repaired_fraction"] == 0)
-        assert (image["verdict"] == "clean") == np.array_equal(bare, repaired)
+        assert image["verdict"] == "artifacts" or image["repaired_fraction"] == 0
+        assert (image["repaired_fraction"] == 0) == np.array_equal(bare, repaired)  # a repair may have been put back
+    assert any(image["repaired_fraction"] > 0 for image in images)
 
 
 def test_interrupted_guard_leaves_nothing_behind(comfy_server, quickstart):
