@@ -67,8 +67,9 @@ def targeted(now: Estimate, x0: torch.Tensor, mask: torch.Tensor, gamma: float, 
 def surroundings(now: Estimate, mask: torch.Tensor, push: float, seed: int) -> torch.Tensor:
     """The pack's own correction: renoise what surrounds the region, pushed away from what is in it.
 
-    x0 = fill + push * (fill - D), push = 0.1 at strength 1, fill being the smooth continuation of D outside the mask into it. The published
-    form renoises D itself, of which a good part outlives the noise: the region falls again for what it was.
+    x0 = fill + push * (fill - D), push = 0.1 at strength 1, fill being the smooth continuation of D outside the mask
+    into it. The published form renoises D itself, of which a good part outlives the noise: the region falls again for
+    what it was.
     """
     x0 = now.denoised.float()
     fill = fill_from_surroundings(x0, mask)

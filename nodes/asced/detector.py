@@ -1,5 +1,6 @@
 """What all detectors have in common: they see the estimates of a window one by one and say which regions are abnormal."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class Findings(NamedTuple):
     onset: torch.Tensor
 
 
-class Detector:
+class Detector(ABC):
     """Base of the detectors; one is made for each round of a run.
 
     Args:
@@ -44,17 +45,15 @@ class Detector:
         self.onset: torch.Tensor | None = None
 
     def accompany(self, previous: Estimate, current: Estimate) -> None:
-        """Add up how far the pixels go, at every step of the run and after it was observed."""
-        way = (current.denoised.float() - previous.denoised.float()).abs().amax(dim=1)
-        self.travel = way if self.travel is None else self.travel + way
+        """Told of every two steps that follow each other, before the window too, and after they were observed."""
 
+    @abstractmethod
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
         """Compare the estimates of two steps that follow each other. valid: (F, H, W) bool, the pixels that count."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change_limit(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> torch.Tensor | None:
         """The largest change of D between the two steps that is not abnormal, (F,), for score clipping; None: any."""
-        raise NotImplementedError
 
     def take(self, score: torch.Tensor, abnormal: torch.Tensor, ratio: float) -> None:
         """Take in one comparison: score (F, H, W), 1 = the limit; the pixels it makes abnormal; where it began."""

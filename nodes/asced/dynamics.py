@@ -17,8 +17,8 @@ straggler |D_t - D_u| / |s_t - s_u| in the largest channel, u being a step of 1.
 
 Both are divided by the value at which they are called abnormal, so that 1 is the limit. The constants were chosen on
 the develop split of tests/exact/trap_families.py (exact denoisers of shapes, CIFAR-10 and Fashion-MNIST, and the demo
-model), so that traps are found and few clean runs are flagged; `dev.py bench
-detection` reports on the held-out split and other data.
+model), so that traps are found and few clean runs are flagged; `dev.py bench detection` reports on the held-out split
+and other images.
 """
 
 import math
@@ -62,7 +62,7 @@ class Move:
     velocity: torch.Tensor
     length: float
     ratio: float
-    before: "torch.Tensor | None" = None
+    before: torch.Tensor | None = None
 
 
 class DynamicsDetector(Detector):
@@ -85,6 +85,11 @@ class DynamicsDetector(Detector):
         self.burst_tops: list[torch.Tensor] = []
         self.largest_mad: torch.Tensor | None = None
         self.largest_motion: torch.Tensor | None = None
+
+    def accompany(self, previous: Estimate, current: Estimate) -> None:
+        """Add up how far each pixel goes."""
+        way = (current.denoised.float() - previous.denoised.float()).abs().amax(dim=1)
+        self.travel = way if self.travel is None else self.travel + way
 
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
         if not self.past and math.isfinite(previous.position):
@@ -113,19 +118,19 @@ class DynamicsDetector(Detector):
             self._burst(self.move, None)
             self.move = None
         if self.burst is not None:
-            self.take(self.burst / self._usual_burst(), self.burst_at)
+            self._take_score(self.burst / self._usual_burst(), self.burst_at)
         if self.peak is None:
             return None
         strong, weak = self.peak > 1.0, open_square(self.peak > WEAK, self.thinnest)
         regions = grow_from(support_in_time(strong, frames_per_sample), weak)
         return Findings(keep_regions(regions, self.options), self.peak, self.onset)
 
-    def take(self, score: torch.Tensor, ratio: torch.Tensor | float) -> None:
+    def _take_score(self, score: torch.Tensor, ratio: torch.Tensor | float) -> None:
         """Take in scores (F, H, W), 1 = the limit at sensitivity 1, of changes that began at `ratio`."""
         score = score * self.sensitivity
         if self.valid is not None:
             score = score.masked_fill(~self.valid, 0.0)
-        super().take(score, score > WEAK, ratio)
+        self.take(score, score > WEAK, ratio)
 
     def _burst(self, move: Move, after: torch.Tensor | None) -> None:
         """Judge the change `move` against the one before it and the one after it."""
@@ -179,7 +184,7 @@ class DynamicsDetector(Detector):
             return
         tail = STRAGGLER_TAIL * sample_quantile(speed, STRAGGLER_QUANTILE, self.valid)
         unit = torch.maximum(tail, STRAGGLER_FLOOR * self.largest_motion)
-        self.take(scaled(speed, STRAGGLER_LIMIT * unit), math.exp(start))
+        self._take_score(scaled(speed, STRAGGLER_LIMIT * unit), math.exp(start))
 
 
 def scaled(signal: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:

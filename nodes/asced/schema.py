@@ -41,6 +41,16 @@ def strength_input() -> io.Input:
     )
 
 
+def report_inputs() -> list[io.Input]:
+    """What a node needs to read a report after sampling."""
+    return [
+        ArtifactReportType.Input("report", tooltip="The guard's report."),
+        io.Latent.Input(
+            "latent", tooltip="The output of the sampler that used the guarded model: so the report is read after it."
+        ),
+    ]
+
+
 def add_to_metadata(hidden, record: RunRecord) -> None:
     """Add a run's settings and verdict to what core writes into the images that this prompt saves from now on."""
     extra_pnginfo = getattr(hidden, "extra_pnginfo", None)
@@ -105,8 +115,7 @@ class ASCEDGuard(io.ComfyNode):
         settings = GuardSettings(
             mode, sensitivity, strength, window, detect_from, correct_at, options or AscedOptions()
         )
-        guarded, report = guard_model(model, settings, region)
-        return io.NodeOutput(guarded, report)
+        return io.NodeOutput(*guard_model(model, settings, region))
 
 
 class ASCEDOptions(io.ComfyNode):
@@ -257,10 +266,7 @@ class ASCEDReport(io.ComfyNode):
             search_aliases=["artifact report", "artifact mask", "asced mask", "score curves"],
             is_output_node=True,
             inputs=[
-                ArtifactReportType.Input("report", tooltip="The guard's report."),
-                io.Latent.Input(
-                    "latent", tooltip="The output of the sampler that used the guarded model: so the report is read after it."
-                ),
+                *report_inputs(),
                 io.Image.Input(
                     "image", optional=True, tooltip="The decoded image, to draw on. Without it a rough preview is used."
                 ),
@@ -298,10 +304,7 @@ class ASCEDUnguarded(io.ComfyNode):
             "keep_unguarded on in ASCED Options.",
             search_aliases=["asced before after", "compare guard", "unguarded latent"],
             inputs=[
-                ArtifactReportType.Input("report", tooltip="The guard's report."),
-                io.Latent.Input(
-                    "latent", tooltip="The output of the sampler that used the guarded model: so the report is read after it."
-                ),
+                *report_inputs(),
             ],
             outputs=[
                 io.Latent.Output(
