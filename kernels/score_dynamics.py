@@ -1,4 +1,4 @@
-"""Speed of a quantity between two sampling steps: its absolute change, smoothed over space."""
+"""How a quantity changes between sampling steps: its speed, smoothed or over its channels, and how its path bends."""
 
 import torch
 from kornia.filters import filter2d_separable, get_gaussian_kernel1d
@@ -43,3 +43,29 @@ def change_speed(current: torch.Tensor, previous: torch.Tensor, sigma: float) ->
         (B, C, H, W) float32, not negative, in the units of the input.
     """
     return gaussian_blur((current.float() - previous.float()).abs(), sigma)
+
+
+def change_maps(current: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """|current - previous| over the channels, in float32: (mean, largest), each (B, H, W).
+
+    Args:
+        current, previous: (B, C, H, W), any floating dtype.
+    """
+    change = (current.float() - previous.float()).abs()
+    return change.mean(dim=1), change.amax(dim=1)
+
+
+def bend_map(velocity: torch.Tensor, before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor:
+    """How much a velocity differs from the mean of its neighbours in time: |V_t - (V_(t-1) + V_(t+1)) / 2|.
+
+    Args:
+        velocity, before, after: (B, C, H, W) float32. With one neighbour that one counts alone; one at least is there.
+
+    Returns:
+        (B, H, W), the largest channel, in the units of the velocity.
+    """
+    if before is None or after is None:
+        usual = after if before is None else before
+    else:
+        usual = (before + after) / 2
+    return (velocity - usual).abs().amax(dim=1)

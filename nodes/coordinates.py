@@ -1,5 +1,7 @@
 """Where a step lies, in units that hold for every model: x = a * x0 + b * eps, and the noise ratio b / a."""
 
+import math
+
 import torch
 
 
@@ -16,7 +18,6 @@ def coefficients(model_sampling, sigma: torch.Tensor | float) -> tuple[float, fl
     return float(a), float(b)
 
 
-def noise_ratio(model_sampling, sigma: torch.Tensor | float) -> float:
-    """b / a at `sigma`: noise against signal, 0 for a clean sample, inf for pure noise."""
-    a, b = coefficients(model_sampling, sigma)
-    return b / a if a > 0 else float("inf")
+def ratio_of(a: float, b: float) -> float:
+    """Noise ratio b / a: noise against signal, 0 for a clean sample, inf for pure noise."""
+    return b / a if a > 0 else math.inf

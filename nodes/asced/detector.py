@@ -16,11 +16,16 @@ NEVER = 0.0
 
 class Findings(NamedTuple):
     """What a window showed, each (F, H, W): regions (bool), the largest score of each pixel (1 = the limit), and the
-    noise ratio b / a of the step at which it began to be abnormal (NEVER where it was not)."""
+    noise ratio b / a of the step at which it began to be abnormal (NEVER where it was not).
+
+    suspected: whether any pixel passed its limit. It is the one thing that the host has to wait for; where it is False
+    there are no regions, and nobody need look for them.
+    """
 
     regions: torch.Tensor
     peak: torch.Tensor
     onset: torch.Tensor
+    suspected: bool
 
 
 class Detector(ABC):
@@ -44,8 +49,9 @@ class Detector(ABC):
         self.peak: torch.Tensor | None = None
         self.onset: torch.Tensor | None = None
 
-    def accompany(self, previous: Estimate, current: Estimate) -> None:
-        """Told of every two steps that follow each other, before the window too, and after they were observed."""
+    def accompany(self, change: torch.Tensor) -> None:
+        """Told how far D went between every two steps, the largest channel (F, H, W): before the window too, and after
+        the steps were observed."""
 
     @abstractmethod
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
@@ -67,7 +73,9 @@ class Detector(ABC):
         """The regions of the window so far; None if nothing could be compared."""
         if self.peak is None:
             return None
-        return Findings(keep_regions(self.abnormal, self.options), self.peak, self.onset)
+        suspected = bool(self.abnormal.any())
+        regions = keep_regions(self.abnormal, self.options) if suspected else self.abnormal
+        return Findings(regions, self.peak, self.onset, suspected)
 
 
 def keep_regions(abnormal: torch.Tensor, options: AscedOptions) -> torch.Tensor:

@@ -28,7 +28,7 @@ import torch
 
 from ...kernels.regions import grow_from, open_square
 from ...kernels.robust_threshold import NORMAL_CONSISTENCY, robust_threshold, sample_median, sample_quantile
-from ...kernels.score_dynamics import change_speed
+from ...kernels.score_dynamics import bend_map, change_maps, change_speed
 from ..latents import pixels
 from .detector import Detector, Findings, keep_regions
 from .estimate import Estimate
@@ -86,10 +86,9 @@ class DynamicsDetector(Detector):
         self.largest_mad: torch.Tensor | None = None
         self.largest_motion: torch.Tensor | None = None
 
-    def accompany(self, previous: Estimate, current: Estimate) -> None:
+    def accompany(self, change: torch.Tensor) -> None:
         """Add up how far each pixel goes."""
-        way = (current.denoised.float() - previous.denoised.float()).abs().amax(dim=1)
-        self.travel = way if self.travel is None else self.travel + way
+        self.travel = change if self.travel is None else self.travel + change
 
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
         if not self.past and math.isfinite(previous.position):
@@ -121,9 +120,12 @@ class DynamicsDetector(Detector):
             self._take_score(self.burst / self._usual_burst(), self.burst_at)
         if self.peak is None:
             return None
-        strong, weak = self.peak > 1.0, open_square(self.peak > WEAK, self.thinnest)
-        regions = grow_from(support_in_time(strong, frames_per_sample), weak)
-        return Findings(keep_regions(regions, self.options), self.peak, self.onset)
+        regions = self.peak > 1.0
+        suspected = bool(regions.any())
+        if suspected:
+            weak = open_square(self.peak > WEAK, self.thinnest)
+            regions = keep_regions(grow_from(support_in_time(regions, frames_per_sample), weak), self.options)
+        return Findings(regions, self.peak, self.onset, suspected)
 
     def _take_score(self, score: torch.Tensor, ratio: torch.Tensor | float) -> None:
         """Take in scores (F, H, W), 1 = the limit at sensitivity 1, of changes that began at `ratio`."""
@@ -134,8 +136,7 @@ class DynamicsDetector(Detector):
 
     def _burst(self, move: Move, after: torch.Tensor | None) -> None:
         """Judge the change `move` against the one before it and the one after it."""
-        sides = [side for side in (move.before, after) if side is not None]
-        bend = (move.velocity - sum(sides) / len(sides)).abs().amax(dim=1) * move.length
+        bend = bend_map(move.velocity, move.before, after) * move.length
         active = self._active()
         flat, valid = bend.flatten(1), None if active is None else active.flatten(1)
         median = sample_median(flat, valid)
@@ -177,7 +178,7 @@ class DynamicsDetector(Detector):
             return
         self.past = self.past[far[-1]:]
         start, reference = self.past[0]
-        speed = (denoised - reference).abs().amax(dim=1) / (start - position)
+        speed = change_maps(denoised, reference)[1] / (start - position)
         motion = sample_quantile(speed, 0.5, self.valid)
         self.largest_motion = motion if self.largest_motion is None else torch.maximum(self.largest_motion, motion)
         if position > math.log(STRAGGLER_RATIO):

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..coordinates import ratio_of
+
 
 class Estimate(NamedTuple):
     """The noisy sample, the model's clean estimate of it (both (F, C, H, W) frames), and x = a * x0 + b * eps."""
@@ -17,7 +19,7 @@ class Estimate(NamedTuple):
     @property
     def ratio(self) -> float:
         """Noise ratio b / a: inf for pure noise."""
-        return self.b / self.a if self.a > 0 else math.inf
+        return ratio_of(self.a, self.b)
 
     @property
     def position(self) -> float:

@@ -8,7 +8,6 @@ carries the repaired sample, and the same sampler is run again on the rest of th
 import copy
 import functools
 import time
-from typing import NamedTuple
 
 import torch
 
@@ -16,10 +15,11 @@ import comfy.model_patcher
 import comfy.samplers
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, add_wrapper_with_key
 
-from ..coordinates import coefficients, noise_ratio
+from ..coordinates import coefficients, ratio_of
 from ..latents import FrameLayout, check_latent, mask_to_frames
 from .estimate import Estimate
 from .options import GuardSettings
+from .probe import Answer, ModelProbe, keeps_to_schedule
 from .report import ArtifactReport, RunRecord
 from .watch import Watch, detector_class
 from .window import plan_window
@@ -29,51 +29,6 @@ WRAPPER_KEY = "artifact_guard.asced"
 SEED_STEP = 1_000_003
 """Times the step's number, added to the seed at a restart: a stochastic sampler must not draw its first leg's noise
 once more, nor that of another guard's restart."""
-
-
-class Answer(NamedTuple):
-    """What the model says to one question: known beforehand where a restart puts samples back as they were."""
-
-    x: torch.Tensor
-    sigma: torch.Tensor
-    denoised: torch.Tensor
-
-    def fits(self, x: torch.Tensor, sigma: torch.Tensor) -> bool:
-        return x.shape == self.x.shape and torch.equal(x, self.x) and bool((sigma == self.sigma).all())
-
-
-class ModelProbe:
-    """Stands between a sampler and its model: passes everything on and remembers the last call.
-
-    The sampler's callback cannot be used for that: several samplers report there the initial noise, a rescaled state
-    or another sigma than they gave the model.
-
-    Args:
-        known: the answer to the first question, if it is the expected one, asked with the same options: CFG++ samplers
-            add functions of theirs to these and have to see the model run.
-        options: the model options that `known` was got with.
-        judge: called with every answer of the model as soon as it is there; may raise Restart.
-    """
-
-    def __init__(self, model, known: Answer | None, options: dict | None, judge):
-        self.__dict__.update(model=model, known=known, options=options, judge=judge, calls=0, last=None)
-
-    def __call__(self, x, sigma, **kwargs):
-        known, self.__dict__["known"] = self.known, None
-        if known is not None and kwargs.get("model_options") is self.options and known.fits(x, sigma):
-            denoised = known.denoised
-        else:
-            denoised = self.model(x, sigma, **kwargs)
-            self.__dict__["calls"] = self.calls + 1
-        self.__dict__["last"] = (x, sigma, denoised)
-        self.judge(x, sigma, denoised)
-        return denoised
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def __setattr__(self, name, value):
-        setattr(self.model, name, value)
 
 
 class Restart(Exception):
@@ -90,17 +45,21 @@ class Restart(Exception):
 class GuardedRun:
     """The guard's state in one call of a sampler: made when sampling starts, gone when it ends.
 
+    schedule: the run's sigmas, on the CPU. steps: the coefficients (a, b) of all but the last.
     `unguarded` is what the sampler gave without a repair and the sigma it ended at, if the user wants it kept: the first
     leg then runs to its end, with the restart `waiting` until it is there.
     """
 
-    def __init__(self, settings: GuardSettings, record: RunRecord, watch: Watch, model_sampling, schedule: torch.Tensor):
+    def __init__(
+        self, settings: GuardSettings, record: RunRecord, watch: Watch, model_sampling, schedule: torch.Tensor,
+        steps: list[tuple[float, float]],
+    ):
         self.settings = settings
         self.record = record
         self.watch = watch
         self.model_sampling = model_sampling
         self.schedule = schedule
-        self.sigmas = schedule.tolist()
+        self.coefficients = steps
         self.waiting: Restart | None = None
         self.unguarded: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -109,11 +68,13 @@ class GuardedRun:
         extra_args = extra_args or {}
         original = {**extra_args, "model_options": _cloned_options(extra_args)}
         shape, first_step, remaining, known = x.shape, 0, sigmas, None
+        # An outer guard may have restarted the run: then these are the last of the schedule's sigmas.
+        begin = len(self.schedule) - len(sigmas) if keeps_to_schedule(sampler_function, options) else None
         while True:
             self.watch.forget()
             self.waiting = None
             probe = ModelProbe(model, known, extra_args.get("model_options"), self._judge)
-            watching = self._watching_callback(probe, shape, callback, first_step)
+            watching = self._watching_callback(probe, shape, callback, first_step, begin)
             try:
                 result = sampler_function(
                     probe, x, remaining, extra_args=extra_args, callback=watching, disable=disable, **options
@@ -159,21 +120,23 @@ class GuardedRun:
         below = self.schedule[self.schedule < sigma.cpu() * (1 - 1e-4)]
         return torch.cat([sigma.cpu().reshape(1), below]).to(sigmas)
 
-    def _watching_callback(self, probe: ModelProbe, shape: torch.Size, callback, first_step: int):
-        """The callback given to the sampler: tells the user's own, with steps counted on, and then looks."""
+    def _watching_callback(self, probe: ModelProbe, shape: torch.Size, callback, first_step: int, begin: int | None):
+        """The callback given to the sampler: tells the user's own, with steps counted on, and then looks.
+
+        begin: where in the schedule the sampler's own sigmas begin; None if it does not keep to them.
+        """
 
         def watching(info):
+            step = info["i"] + first_step
             if callback is not None:
-                callback({**info, "i": info["i"] + first_step} if first_step else info)
+                callback({**info, "i": step} if first_step else info)
             if self.watch.done or self.waiting is not None:
                 return
             if probe.last is None or probe.last[0].shape != shape or info["x"].shape != shape:
                 self.watch.give_up("this sampler changes the size of the latent while it runs")
                 return
-            x, sigma, denoised = _accepted_state(probe, info)
-            sigma = sigma.reshape(-1)[0]
-            a, b = coefficients(self.model_sampling, sigma)
-            steps_left = sum(s < float(sigma) for s in self.sigmas)
+            x, sigma, denoised = probe.accepted(info)
+            sigma, a, b, steps_left = self._place(None if begin is None else begin + step, sigma)
             repaired = self.watch.look(Estimate(x, denoised, a, b), steps_left, adaptive="n_accept" in info)
             if repaired is None:
                 return
@@ -185,20 +148,21 @@ class GuardedRun:
         return watching
 
 
+    def _place(self, step: int | None, sigma: torch.Tensor) -> tuple[torch.Tensor, float, float, int]:
+        """Where a step lies: its sigma, a CPU scalar; its coefficients a and b; how many sigmas are below it.
+
+        step: its index in the schedule; None reads `sigma` off the device, and the host waits for it.
+        """
+        if step is not None:
+            return self.schedule[step], *self.coefficients[step], len(self.schedule) - 1 - step
+        sigma = sigma.reshape(-1)[0].cpu()
+        below = int((self.schedule < sigma).sum())
+        return sigma, *coefficients(self.model_sampling, sigma), below
+
+
 def _cloned_options(extra_args: dict) -> dict:
     """The run's model options as they were before the first leg: CFG++ samplers add their functions to them."""
     return comfy.model_patcher.create_model_options_clone(extra_args.get("model_options", {}))
-
-
-def _accepted_state(probe: ModelProbe, info: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x, sigma, denoised) of the step that a sampler just reported.
-
-    The model's last call tells it, but for the adaptive solver: that tries steps before it takes them, and there the
-    callback has the accepted ones.
-    """
-    if "n_accept" in info:
-        return info["x"], torch.as_tensor(info["sigma"]), info["denoised"]
-    return probe.last
 
 
 def reason_not_to_guard(sampler, model_sampling, sigmas: list[float], layout: FrameLayout | None) -> str | None:
@@ -277,7 +241,8 @@ class GuardPatch:
         schedule = sigmas.detach().cpu().clone()
         reason = reason_not_to_guard(sampler, model_sampling, schedule.tolist(), layout)
         if reason is None:
-            ratios = [noise_ratio(model_sampling, sigma) for sigma in schedule[:-1]]
+            steps = [coefficients(model_sampling, sigma) for sigma in schedule[:-1]]
+            ratios = [ratio_of(a, b) for a, b in steps]
             settings = self.settings
             kind = detector_class(settings.options)
             window = plan_window(
@@ -293,7 +258,7 @@ class GuardPatch:
         if denoise_mask is not None:
             valid = layout.frames(denoise_mask.expand(noise.shape))[:, 0] > 0
         watch = Watch(self.settings, record, region, valid, extra_args.get("seed") or 0)
-        run = GuardedRun(self.settings, record, watch, model_sampling, schedule)
+        run = GuardedRun(self.settings, record, watch, model_sampling, schedule, steps)
         guarded = copy.copy(sampler)
         guarded.sampler_function = functools.wraps(sampler.sampler_function)(
             functools.partial(run.sample, sampler.sampler_function)

@@ -75,7 +75,7 @@ class RunRecord:
     def add_findings(self, findings: Findings) -> None:
         """Take in what a round found."""
         if self.regions is None:
-            self.regions, self.peak, self.onset = findings
+            self.regions, self.peak, self.onset = findings.regions, findings.peak, findings.onset
             return
         self.regions = self.regions | findings.regions
         self.peak = torch.maximum(self.peak, findings.peak)

@@ -7,6 +7,7 @@ import torch
 
 from ...kernels.fill import fill_from_surroundings
 from ...kernels.regions import count_in_region, label_regions
+from ...kernels.score_dynamics import change_maps
 from ...kernels.seams import border_jump
 from ..latents import FrameLayout
 from .corrector import (
@@ -124,12 +125,13 @@ class Watch:
         if previous is not None:
             if abs(previous.b * now.a - now.b * previous.a) <= SAME_STEP * now.b * previous.a:
                 return None
-            self.record.add_speed(now.ratio, previous.position - now.position, (now.denoised.float() - previous.denoised.float()).abs().mean(dim=1))
+            mean, largest = change_maps(now.denoised, previous.denoised)
+            self.record.add_speed(now.ratio, previous.position - now.position, mean)
         inside = not self.decided and now.ratio <= self.record.ratios[self.window.detect_from] * (1 + SAME_STEP)
         if inside:
             self._compare(previous, now)
         if previous is not None and not self.decided:
-            self.detector.accompany(previous, now)
+            self.detector.accompany(largest)
         if not inside:
             return None
         last = self.record.ratios[self.window.correct_at] * (ADAPTIVE_LEAP if adaptive else 1 + SAME_STEP)
@@ -161,7 +163,7 @@ class Watch:
         repaired, mask = None, None
         if findings is not None:
             self.record.add_findings(findings)
-            if self.settings.mode == "correct":
+            if findings.suspected and self.settings.mode == "correct":
                 mask = repair_mask(findings.regions, self.allowed, self.settings.options)
         if mask is not None and bool(mask.any()):
             if steps_left < 2:
@@ -178,7 +180,7 @@ class Watch:
         back = self.fallen_back(now)
         if back is None or findings is None:
             return findings
-        return findings._replace(regions=findings.regions | back)
+        return findings._replace(regions=findings.regions | back, suspected=True)
 
     def _repaired(self, now: Estimate, mask: torch.Tensor) -> torch.Tensor:
         """The frames (F, C, H, W) renoised inside the mask, as the chosen correction does it."""
