@@ -152,6 +152,37 @@ NODES = {
         [],
         [("noise", "NOISE")],
     ),
+    "FAMTrainLoRA": Node(
+        "Train Flaw-aware LoRA (FAM)",
+        "Artifact Guard/FAM",
+        [
+            ("model", "MODEL"),
+            ("vae", "VAE"),
+            ("flaw_highlighter", "FLAW_HIGHLIGHTER"),
+            ("latents", "LATENT"),
+            ("positive", "CONDITIONING"),
+            ("steps", "INT"),
+            ("base_fraction", "FLOAT"),
+            ("map_every", "INT"),
+            ("attention_strength", "FLOAT"),
+            ("noise_strength", "FLOAT"),
+            ("rank", "INT"),
+            ("learning_rate", "FLOAT"),
+            ("batch_size", "INT"),
+            ("seed", "INT"),
+        ],
+        [
+            ("negative", "CONDITIONING"),
+            ("map_images", "INT"),
+            ("map_steps", "INT"),
+            ("map_cfg", "FLOAT"),
+            ("training_dtype", ["bf16", "fp32"]),
+            ("gradient_checkpointing", "BOOLEAN"),
+            ("save_every", "INT"),
+            ("resume", None),
+        ],
+        [("lora", "LORA_MODEL"), ("curves", "IMAGE"), ("flaw_map", "MASK")],
+    ),
     "FAMRefine": Node(
         "Refine Flaws (FAM)",
         "Artifact Guard/FAM",
@@ -261,6 +292,9 @@ DEFAULTS = {
         "strength": 0.025, "target": "key and value", "start_percent": 0.0, "end_percent": 1.0, "blocks": ""
     },
     "FAMNoise": {"strength": 0.01},
+    "FAMTrainLoRA": {
+        "base_fraction": 0.5, "map_every": 100, "attention_strength": 0.025, "noise_strength": 0.01
+    },
     "FAMRefine": {"denoise": 0.35, "rounds": 1},
 }
 """Values the contract fixes; a graph saved before a widget was added gets its default."""

@@ -105,6 +105,17 @@ CONTRACT = {
          ("noise_strength", "FLOAT", 0.0), ("threshold", "FLOAT", 0.5)],
         [("latent", "LATENT"), ("flaw_map", "MASK"), ("probabilities", "STRING")],
     ),
+    "FAMTrainLoRA": (
+        "Train Flaw-aware LoRA (FAM)", "FAM",
+        [("model", "MODEL"), ("vae", "VAE"), ("flaw_highlighter", "FLAW_HIGHLIGHTER"), ("latents", "LATENT"),
+         ("positive", "CONDITIONING"), ("steps", "INT", 1000), ("base_fraction", "FLOAT", 0.5), ("map_every", "INT", 100),
+         ("attention_strength", "FLOAT", 0.025), ("noise_strength", "FLOAT", 0.01), ("rank", "INT", 8),
+         ("learning_rate", "FLOAT", 5e-4), ("batch_size", "INT", 1), ("seed", "INT", 0), ("negative", "CONDITIONING", OPTIONAL),
+         ("map_images", "INT", OPTIONAL), ("map_steps", "INT", OPTIONAL), ("map_cfg", "FLOAT", OPTIONAL),
+         ("training_dtype", "COMBO", OPTIONAL), ("gradient_checkpointing", "BOOLEAN", OPTIONAL), ("save_every", "INT", OPTIONAL),
+         ("resume", "COMBO", OPTIONAL)],
+        [("lora", "LORA_MODEL"), ("curves", "IMAGE"), ("flaw_map", "MASK")],
+    ),
     "TAGTrainTimePredictor": (
         "Train Time Predictor (TAG)", "TAG",
         [("model", "MODEL"), ("latents", "LATENT"), ("steps", "INT", 3000), ("batch_size", "INT", 128),
@@ -234,7 +245,7 @@ def test_the_sampler_node_begins_like_cores():
 
 SOURCES = sorted(path for folder in ("nodes", "kernels") for path in (ROOT / folder).rglob("*.py"))
 SHARED = {"torch", "numpy", "PIL", "kornia", "safetensors"}
-COMFYUI = {"comfy", "comfy_api", "comfy_extras", "latent_preview", "nodes", "folder_paths"}
+COMFYUI = {"comfy", "comfy_api", "comfy_extras", "latent_preview", "nodes", "folder_paths", "server"}
 
 
 def imports(path):

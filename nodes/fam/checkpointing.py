@@ -1,0 +1,57 @@
+"""Gradient checkpointing: a block's activations are not kept but computed again on the way back.
+
+The blocks are found by ComfyUI's own find_modules_at_depth. Unlike core's, a block that is computed again sees the
+transformer_options as they were the first time: models write into them as they go, and attention patches read there
+which block is running.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from comfy_extras.nodes_train import find_modules_at_depth
+
+DEPTH = 2
+"""The network's blocks; depth 1 is the network as a whole, which would save nothing."""
+
+
+def own(value):
+    """A tensor on the way to a gradient as a clone: some blocks, Flux's single ones for one, write into what they get."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+
+def checkpointed_forward(forward):
+    """A module's forward, checkpointed."""
+    def run(*args, **kwargs):
+        given = [*args, *kwargs.values()]
+        before = [dict(value) if isinstance(value, dict) else value for value in given]
+        calls = []
+
+        def block(*_):
+            values = list(map(own, before if calls else given))
+            calls.append(True)
+            return forward(*values[: len(args)], **dict(zip(kwargs, values[len(args) :])))
+
+        # Handed over for torch to notice a tensor that was changed in between: computing again would then be wrong.
+        tensors = [value for value in given if isinstance(value, torch.Tensor)]
+        return checkpoint(block, *tensors, use_reentrant=False)
+
+    return run
+
+
+@contextmanager
+def checkpointed(network: torch.nn.Module, on: bool):
+    """The network with checkpointed blocks inside the block of this context; as it was after it."""
+    modules = find_modules_at_depth(network, depth=DEPTH) if on else []
+    bare = [module.__dict__.get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.forward = checkpointed_forward(module.forward)
+        yield
+    finally:
+        for module, forward in zip(modules, bare):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward

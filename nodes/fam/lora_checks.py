@@ -1,0 +1,137 @@
+"""What a training run refuses before it starts: inputs that do not belong together, and a highlighter that sees nothing."""
+
+import torch
+
+from ..latents import check_latent
+from ..run_reports import image_part
+from .flaw_batch import FlawBatch, FlawSampling
+from .training_data import LatentData
+
+CONFINED = ("area", "mask", "control", "gligen", "hooks", "timestep_start", "timestep_end")
+"""Entries of a conditioning that belong to one picture, not to a training run."""
+JUDGED = 16
+"""Training images that are decoded to try the highlighter on."""
+SAME = 0.01
+"""Probabilities of all images within this are one answer."""
+
+
+def normal_tensors(value):
+    """A conditioning with its tensors cloned: made under inference mode, they could not be part of a gradient."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(normal_tensors, value))
+    if isinstance(value, dict):
+        return {key: normal_tensors(entry) for key, entry in value.items()}
+    return value
+
+
+def check_conditions(positive: list, count: int) -> tuple[list, torch.Tensor]:
+    """The prompts as CONDITIONINGs of one entry each, and which of them belongs to each of `count` latents.
+
+    Raises:
+        ValueError: no text encoder output, NaN in it, one that is confined to a region, or a number that fits not.
+    """
+    if not isinstance(positive, list) or not positive:
+        raise ValueError("positive: no text encoder output came. Connect a CLIP Text Encode that has a text encoder and a prompt.")
+    for entry in positive:
+        tokens = entry[0] if isinstance(entry, (list, tuple)) and len(entry) == 2 else None
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2 or tokens.numel() == 0:
+            raise ValueError(
+                "positive: an entry without text encoder output came. Connect a CLIP Text Encode whose clip comes from the "
+                "same checkpoint as the model."
+            )
+        if not torch.isfinite(tokens).all():
+            raise ValueError("positive: the text encoder's output holds NaN or infinite values. Run the text encoder in fp32.")
+        confined = [name for name in CONFINED if entry[1].get(name) is not None]
+        if confined:
+            raise ValueError(
+                f"positive: a prompt is confined by {', '.join(confined)}. Training takes plain prompts, one for all latents "
+                "or one each."
+            )
+    if len(positive) not in (1, count):
+        raise ValueError(
+            f"positive: {len(positive)} prompts came for {count} latents. Give one for all of them, or one each, in the "
+            "same order (Conditioning Combine puts them together)."
+        )
+    which = torch.arange(count) if len(positive) > 1 else torch.zeros(count, dtype=torch.long)
+    return [[entry] for entry in normal_tensors(positive)], which
+
+
+def check_latents(model, latents: dict) -> torch.Tensor:
+    """The clean latents, (N, C, [T,] H, W), as a LATENT has them.
+
+    Raises:
+        ValueError: none, nested ones, NaN, or latents of another model's format.
+    """
+    samples = latents["samples"]
+    layout, part = image_part(latents)
+    if layout is None or len(part) == 0 or getattr(samples, "is_nested", False):
+        raise ValueError("latents: an empty batch, or latents that are not of images or videos alone, came. Encode the training "
+                         "images with the model's own VAE (VAE Encode).")
+    latent_format = model.get_model_object("latent_format")
+    check_latent(samples, latent_format, nested=False)
+    axes = getattr(latent_format, "latent_dimensions", 2)
+    if axes == 3 and samples.ndim == 4:
+        samples = samples.unsqueeze(2)
+    if samples.ndim != axes + 2:
+        raise ValueError(
+            f"latents: they have {samples.ndim - 2} axes after the channels and this model's have {axes}: they are of another "
+            "model's format. Encode the training images with the model's own VAE."
+        )
+    return samples.detach().float().cpu().clone()
+
+
+def check_vae(model, vae) -> None:
+    """Refuse a VAE of another latent format, as far as its channels tell."""
+    wanted, has = model.get_model_object("latent_format").latent_channels, getattr(vae, "latent_channels", None)
+    if has is not None and has != wanted:
+        raise ValueError(
+            f"vae: it decodes latents of {has} channels and this model's have {wanted}. Connect the VAE that belongs to the model."
+        )
+
+
+def training_data(model, latents: dict, positive: list) -> tuple[LatentData, torch.Tensor]:
+    """(what is trained on, the latents as they came)."""
+    samples = check_latents(model, latents)
+    conditions, which = check_conditions(positive, len(samples))
+    return LatentData(model.model.process_latent_in(samples), conditions, which), samples
+
+
+def spoilt(images: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Images (B, H, W, C) with the middle of each replaced by coarse noise: anybody would call these flawed."""
+    images, (height, width) = images.clone(), images.shape[1:3]
+    top, left = height // 4, width // 4
+    area = images[:, top : height - top, left : width - left]
+    noise = torch.rand(area.shape, generator=torch.Generator().manual_seed(seed))
+    area.copy_(noise.round())
+    return images
+
+
+def check_highlighter(sampling: FlawSampling, samples: torch.Tensor, batch: FlawBatch) -> None:
+    """Refuse a highlighter whose maps can mean nothing, before anything is trained by them.
+
+    It is asked about training images, the model's own samples, and training images spoilt on purpose.
+
+    Raises:
+        ValueError: it gives all of them the same verdict or the same probability, or its maps are empty.
+    """
+    real = sampling.judge_samples(samples[:JUDGED])
+    noisy = sampling.judge(spoilt(real.images))
+    groups = {"training images": real, "images of the model": batch, "images spoilt on purpose": noisy}
+    asked = ", ".join(f"{len(group.images)} {name}" for name, group in groups.items())
+    probabilities = torch.cat([group.probabilities for group in groups.values()])
+    generated = probabilities >= 0.5
+    low, high = probabilities.min().item(), probabilities.max().item()
+    advice = (
+        "Train it (Train Flaw Highlighter) on real images like your training images against images that this model made, "
+        "until its held-out accuracy is well above 50 %, and look at its maps (Flaw Map) first."
+    )
+    if generated.all() or not generated.any() or high - low < SAME:
+        verdict = "generated" if generated.all() else "real" if not generated.any() else "undecided"
+        raise ValueError(
+            f"flaw_highlighter: it answers the same for everything. Asked about {asked}, it says {verdict} every time "
+            f"(probability of being generated {low:.1%} to {high:.1%}), so its maps would mean nothing. {advice}"
+        )
+    if not torch.cat([batch.maps.flatten(1), noisy.maps.flatten(1)]).any():
+        raise ValueError(f"flaw_highlighter: its maps are empty: nothing in {asked} speaks for generated to it. {advice}")

@@ -1,0 +1,173 @@
+"""A flaw-aware training run as the node makes it: what it will cost, what is seen of it, and nothing lost when it ends."""
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+
+import comfy.model_management
+import comfy.utils
+from server import PromptServer
+
+from .flaw_aware import FlawAwareTraining, Watcher
+from .flaw_batch import FlawBatch
+from .lora_pictures import preview
+from .lora_settings import step_seed
+from .lora_state import RunFile
+
+PREVIEW_SECONDS = 2.0
+GIGABYTE = 1024**3
+
+
+def tell(node_id: str | None, text: str) -> None:
+    """A line on the node and in the log."""
+    logging.info("Artifact Guard: %s", text)
+    server = getattr(PromptServer, "instance", None)
+    if node_id is not None and server is not None:
+        server.send_progress_text(text, node_id)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what torch, CUDA or the system say when there is no memory left."""
+    told = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return told or isinstance(error, (comfy.model_management.OOM_EXCEPTION, MemoryError))
+
+
+def in_words(seconds: float) -> str:
+    """A duration for a person."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass
+class Cost:
+    """What one step and one map took, in seconds, and the memory in use at the most, in bytes, of `memory_total`."""
+
+    step: float
+    map: float
+    memory: int
+    memory_total: int
+
+    def words(self, training: FlawAwareTraining) -> str:
+        """What the run will take."""
+        steps = training.settings.steps - training.progress.step
+        maps = training.phases.maps(training.progress.step) if training.uses_map else 0
+        values = sum(parameter.numel() for parameter in training.parameters.values())
+        return (
+            f"{steps} steps of about {self.step:.2g} s and {maps} maps of about {self.map:.2g} s: about "
+            f"{in_words(steps * self.step + maps * self.map)}. {values / 1e6:.2g} million values are trained. Memory in use: "
+            f"{self.memory / GIGABYTE:.1f} of {self.memory_total / GIGABYTE:.1f} GB."
+        )
+
+
+def measure_cost(training: FlawAwareTraining, map_seconds: float) -> Cost:
+    """Two trial steps, the second one timed: the first also loads the model.
+
+    Raises:
+        ValueError: no step can be done with these inputs, with what the usual causes are.
+    """
+    device, cuda = training.model.load_device, training.model.load_device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        training.trial()
+        start = time.perf_counter()
+        training.trial()
+        seconds = time.perf_counter() - start
+    except Exception as error:
+        if isinstance(error, comfy.model_management.InterruptProcessingException):
+            raise
+        if out_of_memory(error):
+            raise ValueError(
+                f"There is not enough memory for a single step ({error}). Lower batch_size or rank, turn gradient_checkpointing "
+                "on, or train on smaller images."
+            ) from error
+        raise ValueError(
+            f"The model could not take a training step with these latents and prompts ({type(error).__name__}: {error}). "
+            "positive from the text encoder of another model, or latents of another model's VAE, are the usual causes; a patch "
+            "on the model that does not let gradients through is another."
+        ) from error
+    total = comfy.model_management.get_total_memory(device)
+    used = torch.cuda.max_memory_reserved(device) if cuda else total - comfy.model_management.get_free_memory(device)
+    return Cost(seconds, map_seconds, used, total)
+
+
+class Session:
+    """One run with everything around it.
+
+    Attributes:
+        first: the batch that the untrained model made; `latest` the newest one.
+        cancelled: whether the user ended it.
+    """
+
+    def __init__(self, training: FlawAwareTraining, file: RunFile, save_every: int = 0, node_id: str | None = None):
+        self.training, self.file, self.save_every, self.node_id = training, file, save_every, node_id
+        self.first: FlawBatch | None = None
+        self.latest: FlawBatch | None = None
+        self.cancelled, self.drawn, self.bar = False, 0.0, None
+
+    def look(self) -> float:
+        """Sample and judge a batch of the model as it is; the seconds it took."""
+        start = time.perf_counter()
+        self.first = self.latest = self.training.sample(step_seed(self.training.settings.seed, -1))
+        return time.perf_counter() - start
+
+    def run(self) -> None:
+        """Train to the end, or until the user cancels. What was learned is in a file in any case.
+
+        Raises:
+            InterruptProcessingException: cancelled before a single step was done.
+            RuntimeError: out of memory; names the file that what was learned is in.
+        """
+        training = self.training
+        self.bar = comfy.utils.ProgressBar(training.settings.steps)
+        begun = training.progress.step
+        self.show(force=True)
+        try:
+            training.run(Watcher(self.before_step, self.after_step, self.after_map))
+        except comfy.model_management.InterruptProcessingException:
+            if training.progress.step == begun:
+                raise
+            self.cancelled = True
+        except BaseException as error:
+            path = self.file.save(training) if training.progress.step > begun else None
+            done = f"{training.progress.step} of {training.settings.steps} steps"
+            if path is not None:
+                logging.warning("Artifact Guard: training stopped after %s. What was learned is saved as %s.", done, path)
+            if not out_of_memory(error):
+                raise
+            kept = f"What was learned is saved as {path}: choose it at resume to go on." if path else "Nothing was learned yet."
+            raise RuntimeError(
+                f"Out of memory after {done}. {kept} Lower batch_size or map_images, or turn gradient_checkpointing on, first."
+            ) from error
+        path = self.file.save(training)
+        how = "Cancelled" if self.cancelled else "Done"
+        tell(self.node_id, f"{how} after {training.progress.step} of {training.settings.steps} steps. The run is in {path}.")
+
+    def before_step(self, step: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def after_step(self, step: int, loss: float) -> None:
+        if self.save_every and (step + 1) % self.save_every == 0 and step + 1 < self.training.settings.steps:
+            self.file.save(self.training)
+        self.show()
+
+    def after_map(self, step: int, batch: FlawBatch) -> None:
+        self.latest = batch
+        mean = batch.probabilities.mean().item()
+        tell(self.node_id, f"New flaw map at step {step}: its samples look generated with {mean:.0%}.")
+        self.show(force=True)
+
+    def show(self, force: bool = False) -> None:
+        """Bar and picture on the page; a picture every two seconds at most."""
+        training, now = self.training, time.perf_counter()
+        done, picture = training.progress.step, None
+        if force or now - self.drawn > PREVIEW_SECONDS:
+            phase = "refinement" if training.phases.refining(max(0, done - 1)) else "base"
+            picture = preview(
+                training.progress, training.phases, self.latest, f"Training loss, step {done} of {training.settings.steps}, {phase} phase"
+            )
+            self.drawn = now
+        self.bar.update_absolute(done, training.settings.steps, picture)
