@@ -2,6 +2,16 @@
 
 import torch
 
+from .dispatch import with_triton
+
+
+def check_amount(x: torch.Tensor, amount: torch.Tensor, first: int, axis: int) -> None:
+    """Raises ValueError unless amount (B, n) from token `first` on fits the tokens of x on `axis`."""
+    if amount.shape[0] != x.shape[0] or first < 0 or first + amount.shape[1] > x.shape[axis]:
+        raise ValueError(
+            f"amount {tuple(amount.shape)} from token {first} on does not fit x {tuple(x.shape)} with its tokens on axis {axis}."
+        )
+
 
 def scale_tokens(x: torch.Tensor, amount: torch.Tensor, first: int = 0, axis: int = 1) -> torch.Tensor:
     """Multiply the tokens first ... first + n - 1 of each sample by 1 + amount; the others keep every bit.
@@ -20,11 +30,8 @@ def scale_tokens(x: torch.Tensor, amount: torch.Tensor, first: int = 0, axis: in
     Raises:
         ValueError: amount does not fit x.
     """
+    check_amount(x, amount, first, axis)
     tokens = x.shape[axis]
-    if amount.shape[0] != x.shape[0] or first < 0 or first + amount.shape[1] > tokens:
-        raise ValueError(
-            f"amount {tuple(amount.shape)} from token {first} on does not fit x {tuple(x.shape)} with its tokens on axis {axis}."
-        )
     shape = [x.shape[0]] + [1] * (x.ndim - 1)
     shape[axis] = amount.shape[1]
     amount = amount.to(x.device, x.dtype).view(shape)
@@ -32,3 +39,16 @@ def scale_tokens(x: torch.Tensor, amount: torch.Tensor, first: int = 0, axis: in
         return torch.addcmul(x, x, amount)
     before, inside, after = x.split([first, amount.shape[axis], tokens - first - amount.shape[axis]], dim=axis)
     return torch.cat([before, torch.addcmul(inside, inside, amount), after], dim=axis)
+
+
+@with_triton("kv_scale_triton")
+def scale_pair(
+    key: torch.Tensor, value: torch.Tensor, amount: torch.Tensor, first: int = 0, axis: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value scaled alike, see `scale_tokens`.
+
+    Not in place: UNets hand over one tensor as key and value, which is what they make the query of too, and the
+    autoregressive Wan hands over its key and value cache, where an amount would be added again at every step.
+    """
+    scaled = scale_tokens(key, amount, first, axis)
+    return scaled, scaled if value is key else scale_tokens(value, amount, first, axis)

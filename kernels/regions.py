@@ -3,7 +3,10 @@
 import torch
 import torch.nn.functional as F
 
+from .dispatch import with_triton
 
+
+@with_triton("regions_triton")
 def label_regions(mask: torch.Tensor) -> torch.Tensor:
     """Label the 4-connected regions of each mask.
 

@@ -2,7 +2,10 @@
 
 import torch
 
+from .dispatch import with_triton
 
+
+@with_triton("renoise_triton")
 def renoise(
     x: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, mask: torch.Tensor, a: float, b: float
 ) -> torch.Tensor:

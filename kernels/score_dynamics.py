@@ -3,6 +3,8 @@
 import torch
 from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 
+from .dispatch import with_triton
+
 TRUNCATE = 4.0
 """The Gaussian is cut off at this many standard deviations, as in scipy.ndimage.gaussian_filter."""
 
@@ -20,15 +22,21 @@ def mirror_pad(x: torch.Tensor, pad: int) -> torch.Tensor:
     return x
 
 
+def blur_radius(sigma: float) -> int:
+    """How many pixels a Gaussian of `sigma` pixels reaches to each side."""
+    return int(TRUNCATE * sigma + 0.5)
+
+
 def gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
     """Gaussian blur of each channel over height and width; `sigma` in pixels, 0 gives x back. x: (B, C, H, W)."""
-    radius = int(TRUNCATE * sigma + 0.5)
+    radius = blur_radius(sigma)
     if radius == 0:
         return x
     kernel = get_gaussian_kernel1d(2 * radius + 1, sigma, device=x.device, dtype=x.dtype)
     return filter2d_separable(mirror_pad(x, radius), kernel, kernel, padding="valid")
 
 
+@with_triton("score_dynamics_triton")
 def change_speed(current: torch.Tensor, previous: torch.Tensor, sigma: float) -> torch.Tensor:
     """Smoothed speed of change, d_t = blur(|current - previous|), computed in float32.
 
@@ -45,6 +53,7 @@ def change_speed(current: torch.Tensor, previous: torch.Tensor, sigma: float) ->
     return gaussian_blur((current.float() - previous.float()).abs(), sigma)
 
 
+@with_triton("score_dynamics_triton")
 def change_maps(current: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """|current - previous| over the channels, in float32: (mean, largest), each (B, H, W).
 
@@ -55,6 +64,7 @@ def change_maps(current: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Te
     return change.mean(dim=1), change.amax(dim=1)
 
 
+@with_triton("score_dynamics_triton")
 def bend_map(velocity: torch.Tensor, before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor:
     """How much a velocity differs from the mean of its neighbours in time: |V_t - (V_(t-1) + V_(t+1)) / 2|.
 

@@ -1,7 +1,13 @@
 """Makes every test run beside a real ComfyUI: see tests/harness/pack.py. Started by `python dev.py test`."""
 
+import os
 import signal
+import sys
 import tempfile
+
+if "--gpu" not in sys.argv:
+    # Triton asks when it is imported, and torch imports it: interpreted on the CPU here, compiled with --gpu.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

@@ -27,7 +27,9 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.regions import grow_from, open_square
-from ...kernels.robust_threshold import NORMAL_CONSISTENCY, robust_threshold, sample_median, sample_quantile
+from ...kernels.robust_threshold import (
+    NORMAL_CONSISTENCY, median_and_mad, robust_threshold, sample_median, sample_quantile,
+)
 from ...kernels.score_dynamics import bend_map, change_maps, change_speed
 from ..latents import pixels
 from .detector import Detector, Findings, keep_regions
@@ -138,11 +140,11 @@ class DynamicsDetector(Detector):
         """Judge the change `move` against the one before it and the one after it."""
         bend = bend_map(move.velocity, move.before, after) * move.length
         active = self._active()
-        flat, valid = bend.flatten(1), None if active is None else active.flatten(1)
-        median = sample_median(flat, valid)
-        mad = NORMAL_CONSISTENCY * sample_median((flat - median[:, None]).abs(), valid)
+        median, mad = median_and_mad(bend, active)
+        mad = NORMAL_CONSISTENCY * mad
         self.largest_mad = mad if self.largest_mad is None else torch.maximum(self.largest_mad, mad)
-        motion = sample_median(move.velocity.abs().amax(dim=1).flatten(1), valid) * move.length
+        speed = move.velocity.abs().amax(dim=1).flatten(1)
+        motion = sample_median(speed, None if active is None else active.flatten(1)) * move.length
         unit = torch.maximum(BURST_MAD_FLOOR * self.largest_mad, BURST_MOTION * motion)
         score = scaled(bend - median[:, None, None], BURST_LIMIT * torch.maximum(unit, mad))
         if self.valid is not None:

@@ -15,7 +15,7 @@ import torch
 import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ...kernels.kv_scale import scale_tokens
+from ...kernels.kv_scale import scale_pair, scale_tokens
 from ..latents import FrameLayout, soft_mask_to_frames
 from .blocks import parse_blocks, running_block
 from .calls import Call, Sampled, model_call, pad_of, sampled_latent
@@ -153,6 +153,8 @@ class FlawAttention:
 
     def scale(self, k, v, amount, first: int, axis: int):
         """Key and value, those that are to be scaled scaled."""
+        if self.scale_key and self.scale_value:
+            return scale_pair(k, v, amount, first, axis)
         return (
             scale_tokens(k, amount, first, axis) if self.scale_key else k,
             scale_tokens(v, amount, first, axis) if self.scale_value else v,

@@ -46,7 +46,10 @@ TORCHVISION = "torchvision==0.16.2" if sys.version_info < (3, 12) else "torchvis
 WORKFLOW_TEMPLATES = "comfyui-workflow-templates"
 ALONE = ("torchsde==0.2.6", "trampoline==0.1.2", "spandrel==0.4.2", TORCHVISION, "torchaudio==2.11.0")
 
-TEST_PACKAGES = ("pytest==9.2.0", "playwright==1.65.2", "captum==0.7.0")
+# A CUDA build of torch brings the Triton that belongs to it; a CPU build none, and Triton's interpreter needs one.
+TRITON = ("triton>=3.4",) if sys.platform == "linux" and platform.machine() == "x86_64" else ()
+
+TEST_PACKAGES = ("pytest==9.2.0", "playwright==1.65.2", "captum==0.7.0", *TRITON)
 
 # Raised when the steps in build.py change what an environment holds.
 RECIPE = 1

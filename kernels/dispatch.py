@@ -1,0 +1,118 @@
+"""The one place that chooses how a kernel runs: by its torch reference, or by its Triton form on a GPU.
+
+A function that is marked `with_triton(module)` is the reference, and defines the truth. The function of the same name in
+that module takes and gives the same. What was chosen and why says `choose`.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+VARIABLE = "ARTIFACT_GUARD_KERNELS"
+"""Environment variable: auto (as if unset), torch, or triton."""
+
+FASTER: dict[str, int] = {}
+"""Kernels whose Triton form was measured to be faster on a GPU, and the number of elements from which on. It is empty as
+long as nobody has run `dev.py bench kernels` on one: then every kernel runs by torch."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.bool)
+
+
+NOTHING = "there is nothing to do"
+
+
+class Choice(NamedTuple):
+    """How a kernel runs, "torch" or "triton", and why."""
+
+    backend: str
+    reason: str
+
+
+@functools.lru_cache(maxsize=None)
+def _triton_found() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter stands in for a GPU: for tests, far too slow for anything else."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def obstacle(tensors: list[torch.Tensor], dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
+    """Why Triton cannot take these tensors; None if it can. dtypes: those that the Triton form is written for."""
+    if not _triton_found():
+        return "Triton is not installed"
+    devices = {x.device for x in tensors}
+    if len(devices) != 1:
+        return f"the tensors are on {len(devices)} devices"
+    if not (tensors[0].is_cuda or interpreting() and os.environ.get(VARIABLE) == "triton"):
+        return f"Triton has no backend for the device {tensors[0].device.type}"
+    strange = {str(x.dtype) for x in tensors if x.dtype not in dtypes}
+    if strange:
+        return f"there is no Triton form for {', '.join(sorted(strange))}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "the Triton forms have no gradient"
+    if min(x.numel() for x in tensors) == 0:
+        return NOTHING
+    return None
+
+
+def choose(kernel: str, arguments, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Choice:
+    """How `kernel` runs on these arguments, of which the tensors count.
+
+    Raises:
+        ValueError: the environment variable asks for something that is not there or cannot be.
+    """
+    wanted = os.environ.get(VARIABLE) or "auto"
+    if wanted not in ("auto", "torch", "triton"):
+        raise ValueError(f"{VARIABLE} is {wanted!r}; auto, torch or triton is wanted.")
+    if wanted == "torch":
+        return Choice("torch", f"{VARIABLE}=torch")
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    reason = obstacle(tensors, dtypes)
+    if wanted == "triton":
+        if reason is not None and reason != NOTHING:
+            raise ValueError(f"{VARIABLE}=triton, but {kernel} cannot run by Triton: {reason}. Unset it, or use auto.")
+        return Choice("torch", NOTHING) if reason else Choice("triton", f"{VARIABLE}=triton")
+    if reason is not None:
+        return Choice("torch", reason)
+    least, size = FASTER.get(kernel), max(x.numel() for x in tensors)
+    if least is None:
+        return Choice("torch", "its Triton form was not measured to be faster on a GPU")
+    if size < least:
+        return Choice("torch", f"Triton was measured to be faster from {least} elements on, and here are {size}")
+    return Choice("triton", f"measured to be faster from {least} elements on")
+
+
+def with_triton(module: str, dtypes: tuple[torch.dtype, ...] = DTYPES):
+    """Marks a torch reference that has a Triton form of its name in `module`, beside it in this folder.
+
+    The reference itself stays at hand as `reference`, the other one as `triton`.
+    """
+
+    def mark(reference):
+        name = reference.__name__
+
+        def triton_form(*arguments, **keywords):
+            form = getattr(importlib.import_module(f".{module}", __package__), name)
+            return form(*arguments, **keywords)
+
+        @functools.wraps(reference)
+        def dispatched(*arguments, **keywords):
+            if choose(name, [*arguments, *keywords.values()], dtypes).backend == "triton":
+                return triton_form(*arguments, **keywords)
+            return reference(*arguments, **keywords)
+
+        dispatched.reference, dispatched.triton, dispatched.dtypes = reference, triton_form, dtypes
+        KERNELS[name] = dispatched
+        return dispatched
+
+    return mark
+
+
+KERNELS: dict = {}
+"""Every function that is marked `with_triton`, by name."""
