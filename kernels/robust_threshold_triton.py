@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 4096
+BLOCK = 2048
 NAN_KEY = tl.constexpr(0xFFFFFFFF)
 
 
@@ -46,7 +46,7 @@ def _select(values, valid, size, rank, centre, CENTRED: tl.constexpr, MASKED: tl
     prefix = tl.zeros((), tl.uint32)
     known = tl.zeros((), tl.uint32)
     left = rank
-    for digit in tl.static_range(4):
+    for digit in range(4):
         shift = 24 - 8 * digit
         histogram = tl.zeros((512,), tl.int32)
         for start in range(0, size, BLOCK):
