@@ -58,10 +58,10 @@ def run_tensors(training: FlawAwareTraining) -> dict[str, torch.Tensor]:
 
 
 class RunFile:
-    """The file of one run. `save` makes it the first time and renews it later."""
+    """The file of one run. `save` makes it the first time, under a free number unless a path is given, and renews it later."""
 
-    def __init__(self, rank: int):
-        self.rank, self.path = rank, None
+    def __init__(self, rank: int, path: str | None = None):
+        self.rank, self.path = rank, path
 
     def save(self, training: FlawAwareTraining) -> str:
         """Write the run as it stands; the file's path."""

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "tag_pictures": ("tag_pictures", "pictures for TAG's help pages and template"),
     "fam": ("fam", "Q4: the flaw highlighter on planted flaws and demo samples, and refining before a second one"),
     "fam_cost": ("fam_cost", "P5: what the flaw attention patch costs"),
+    "fam_training": ("fam_training", "Q4: FAM training of the demo model: base, forward, reverse, both (70 minutes on one core)"),
     "fam_pictures": ("fam_pictures", "pictures for FAM's help pages"),
 }
 
