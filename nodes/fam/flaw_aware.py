@@ -116,7 +116,6 @@ class FlawAwareTraining:
     def renew_map(self, step: int) -> None:
         """The map of the model's flaws as it is now, by its averaged weights."""
         batch = self.sample(step_seed(self.settings.seed, step))
-        batch = self.sample(step_seed(self.settings.seed, step))
         self.progress.flaw_map = batch.mean_map
         earlier = [entry for entry in self.progress.judged if entry[0] != step]
         self.progress.judged = [*earlier, (step, batch.probabilities.mean().item())]

@@ -3,26 +3,26 @@
 The plan, written before the runs:
 
 Start: the shipped weights (3,000 steps, the learning rate gone down to zero: the plateau of ordinary training). Every
-run goes on from there for 300 steps of 32 images, 1:1 of base and refinement phase as published; the four arms of a
+run goes on from there for 200 steps of 32 images, 1:1 of base and refinement phase as published; the four arms of a
 seed share the base phase, step by step the same images, noise, times and dropped labels, and differ in the refinement
 phase alone:
     base      ordinary training all along
     forward   eps + 0.01 M            (published best lambda)
     reverse   K, V (1 + 0.025 M)      (published best lambda)
     both      the two together
-M is renewed every 50 steps from 32 samples of the averaged weights.
-The base is tuned first: of the learning rates 5e-5 and 2e-4 the one with the lower FD after 150 ordinary steps (seed
+M is renewed every 50 steps from 16 samples of the averaged weights.
+The base is tuned first: of the learning rates 5e-5 and 2e-4 the one with the lower FD after 100 ordinary steps (seed
 100, samples of seed 100, used for nothing else) is taken for all.
 Highlighter: trained once on 1,200 training images and 1,200 samples of the shipped weights, made as the maps' batches
 are; its held-out accuracy and warnings are stated.
-Judged: 500 samples of the averaged weights (ten Euler steps, CFG 1, classes in turn), the same noise in all arms of a
+Judged: 400 samples of the averaged weights (ten Euler steps, CFG 1, classes in turn), the same noise in all arms of a
 seed. FD in the 128 features of the bench's own classifier against the 10,000 test images; precision and recall by
-3 nearest neighbours in the same features against 500 test images; the highlighter's mean probability of "generated".
+3 nearest neighbours in the same features against 400 test images; the highlighter's mean probability of "generated".
 Seeds 0, 1, 2. Reported: FD(arm) / FD(base) of the means over seeds, with a 95 % bootstrap interval that draws samples
 anew within each seed, paired, and the ratio of each seed. Success is an interval of `both` below 1; published ratios:
 0.948, 0.940, 0.931.
 Sweeps, seed 0, one thing changed from the arm above: attention 0.0025 and 0.1 (reverse), noise 0.0025 and 0.1
-(forward), split 1:4 and 4:1, a map every 25 and every 150 steps (both).
+(forward), split 1:4 and 4:1, a map every 25 and every 100 steps (both).
 Why, if nothing is gained: `both` with a map that is the same everywhere (same mean), which tells whether the map's
 content matters; the reverse arm with its map also acting while sampling, since the paper does not say whether it does.
 
@@ -44,11 +44,11 @@ from .data import load_fashion_mnist
 from .flaw_aware_demo import base_highlighter, demo_training, sample_demo, trainable_demo
 from .tag_runs import Features
 
-STEPS, BATCH, MAP_EVERY, COUNT = 300, 32, 50, 500
+STEPS, BATCH, MAP_EVERY, MAP_IMAGES, COUNT = 200, 32, 50, 16, 400
 SEEDS = (0, 1, 2)
 ARMS = {"base": (0.0, 0.0), "forward": (0.0, 0.01), "reverse": (0.025, 0.0), "both": (0.025, 0.01)}
 """Attention strength, noise strength."""
-RATES, TUNING_STEPS, TUNING_SEED = (5e-5, 2e-4), 150, 100
+RATES, TUNING_STEPS, TUNING_SEED = (5e-5, 2e-4), 100, 100
 PUBLISHED = {"base": 8.985, "forward": 8.514, "reverse": 8.450, "both": 8.369}
 SWEEPS = {
     "reverse 0.0025": {"attention_strength": 0.0025, "noise_strength": 0.0},
@@ -56,11 +56,11 @@ SWEEPS = {
     "forward 0.0025": {"attention_strength": 0.0, "noise_strength": 0.0025},
     "forward 0.1": {"attention_strength": 0.0, "noise_strength": 0.1},
     "both, split 1:4": {"base_fraction": 0.2}, "both, split 4:1": {"base_fraction": 0.8},
-    "both, map every 25": {"map_every": 25}, "both, map every 150": {"map_every": 150},
+    "both, map every 25": {"map_every": 25}, "both, map every 100": {"map_every": 100},
     "both, uniform map": {"uniform": True},
     "reverse, map also while sampling": {"attention_strength": 0.025, "noise_strength": 0.0, "patched": True},
 }
-BOOTSTRAPS, NEIGHBOURS = 1000, 3
+BOOTSTRAPS, NEIGHBOURS = 300, 3
 
 
 def neighbour_radius(features: torch.Tensor) -> torch.Tensor:
@@ -130,7 +130,7 @@ class Bench:
         if name in self.runs:
             return
         settings, start = self.settings(seed, **more), time.perf_counter()
-        training = demo_training(self.demo_model, self.images, self.labels, self.highlighter, settings)
+        training = demo_training(self.demo_model, self.images, self.labels, self.highlighter, settings, MAP_IMAGES)
         if settings.base_fraction == 0.5:
             path = self.base_phase(seed)
             restore(training, *read_model_file(str(path), path.name, KIND), path.name)
@@ -154,7 +154,7 @@ class Bench:
         path = self.folder / f"base-phase-{seed}-{self.rate:g}.safetensors"
         if not path.exists():
             settings = self.settings(seed, attention_strength=0.0, noise_strength=0.0)
-            training = demo_training(self.demo_model, self.images, self.labels, self.highlighter, settings)
+            training = demo_training(self.demo_model, self.images, self.labels, self.highlighter, settings, MAP_IMAGES)
 
             class Border(Exception):
                 pass
@@ -177,7 +177,7 @@ class Bench:
             if name not in self.runs:
                 self.rate = rate
                 settings = replace(self.settings(TUNING_SEED, attention_strength=0.0, noise_strength=0.0), steps=TUNING_STEPS)
-                training = demo_training(self.demo_model, self.images, self.labels, self.highlighter, settings)
+                training = demo_training(self.demo_model, self.images, self.labels, self.highlighter, settings, MAP_IMAGES)
                 training.run()
                 with training.average.standing_in():
                     self.keep(name, training.model, training, seed=TUNING_SEED)
