@@ -105,14 +105,14 @@ def _median_and_mad(values, valid, median, mad, size, MASKED: tl.constexpr, BLOC
 
 
 @triton.jit
-def _quantile(values, valid, out, size, rank, share, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def _quantile(values, valid, out, size, rank, millionths, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     values += row * size
     valid += row * size
     count = size
     if MASKED:
         count = _count(valid, size, BLOCK)
-        rank = tl.maximum((share * (count - 1)).to(tl.int32), 0)
+        rank = ((tl.maximum(count, 1) - 1).to(tl.int64) * millionths // 1000000).to(tl.int32)
     quantile, _ = _select(values, valid, size, rank, 0.0, False, MASKED, BLOCK)
     tl.store(out + row, tl.where(count == 0, float("nan"), quantile))
 
@@ -138,5 +138,6 @@ def sample_quantile(values: torch.Tensor, share: float, valid: torch.Tensor | No
     out = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     size = rows.shape[1]
     rank = int(share * (size - 1))
-    _quantile[(len(rows),)](rows, counted, out, size, rank, share, MASKED=valid is not None, BLOCK=BLOCK)
+    millionths = round(share * 1_000_000)  # a float argument would come as float32
+    _quantile[(len(rows),)](rows, counted, out, size, rank, millionths, MASKED=valid is not None, BLOCK=BLOCK)
     return out

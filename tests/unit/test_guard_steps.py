@@ -7,15 +7,19 @@ from unittest import mock
 import comfy.samplers
 import pytest
 import torch
+from artifact_guard.kernels import robust_threshold
+from artifact_guard.kernels.score_dynamics import change_maps, gaussian_weights
 from artifact_guard.nodes.asced import guard as guard_module
 from artifact_guard.nodes.asced.guard import GuardedRun
+from artifact_guard.nodes.asced.options import AscedOptions
 from artifact_guard.nodes.asced.probe import keeps_to_schedule
+from artifact_guard.nodes.asced.watch import Watch, detector_class
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.exact.model import exact_model
 from tests.harness.pack import ROOT
-from tests.unit.guard_support import KINDS, found, guard, images, ksampler, trapped_model
+from tests.unit.guard_support import HEIGHT, KINDS, WIDTH, found, guard, images, ksampler, trapped_model
 
 OWN_STEPS = {"dpm_fast", "dpm_adaptive"}
 """Core's samplers that choose their sigmas themselves."""
@@ -108,8 +112,13 @@ def waits_of(model):
 
 
 @pytest.mark.parametrize("detector", ["score dynamics", "clean estimate", "weighted score"])
-def test_quiet_run_waits_once(detector):
-    """Nothing found: between the first and the last model call the guard reads one tensor, at the correction step."""
+def test_quiet_run_waits_once(detector, monkeypatch):
+    """Nothing found: between the first and the last model call the guard reads one tensor, at the correction step.
+
+    Medians as on a device: on the CPU numpy makes them.
+    """
+    monkeypatch.setattr(robust_threshold, "NUMPY_DEVICES", ())
+    gaussian_weights(1.0)  # the weights of the blur are made once a process, on the CPU
     sensitivity = 0.01 if detector != "score dynamics" else 1.0
     guarded, report = guard(exact_model(images()), options={"detector": detector}, sensitivity=sensitivity)
     places = waits_of(guarded)
@@ -121,3 +130,49 @@ def test_waits_are_seen():
     guarded, _ = guard(exact_model(images()))
     with mock.patch.object(guard_module, "keeps_to_schedule", lambda *_: False):
         assert len(waits_of(guarded)) > 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("detector", ["score dynamics", "clean estimate", "weighted score"])
+def test_same_mask_on_cpu_and_gpu(detector):
+    """The same estimates give the same mask on both, pixels within rounding of a threshold aside: they are counted."""
+    guarded, report = guard(trapped_model(), options={"detector": detector})
+    seen, look = [], Watch.look
+
+    def noted(watch, estimate, *arguments, **keywords):
+        seen.append(estimate)
+        return look(watch, estimate, *arguments, **keywords)
+
+    with mock.patch.object(Watch, "look", noted):
+        ksampler(guarded)
+    kind, record, masks = detector_class(AscedOptions(detector=detector)), report.runs[0], []
+    settings, window = record.settings, record.window
+    for device in ("cpu", "cuda"):
+        judge = kind(settings.options, settings.sensitivity, min(HEIGHT, WIDTH))
+        steps = [e._replace(x=e.x.to(device), denoised=e.denoised.to(device)) for e in seen[window.detect_from : window.correct_at + 1]]
+        for before, after in zip(steps, steps[1:]):
+            judge.observe(before, after, None)
+            judge.accompany(change_maps(after.denoised, before.denoised)[1])
+        masks.append(judge.findings().regions.cpu())
+    differing = int((masks[0] ^ masks[1]).sum())
+    assert masks[0].any() and differing <= 2, f"{differing} pixels of {masks[0].numel()} differ"
+
+
+@pytest.mark.gpu
+def test_quiet_run_never_waits_for_the_gpu():
+    """CUDA itself reports every wait: with none allowed, all steps but the deciding one pass."""
+    waits, look = [], Watch.look
+
+    def strict(watch, *arguments, **keywords):
+        decides = watch.record.ratios[watch.window.correct_at] >= arguments[0].ratio and not watch.decided
+        torch.cuda.set_sync_debug_mode("default" if decides else "error")
+        try:
+            return look(watch, *arguments, **keywords)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            waits.append(decides)
+
+    guarded, _ = guard(exact_model(images()))
+    with mock.patch.object(Watch, "look", strict):
+        ksampler(guarded)
+    assert sum(waits) == 1 and len(waits) > 8

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from artifact_guard.kernels import regions
+from artifact_guard.kernels import robust_threshold as thresholds
 from artifact_guard.kernels.renoise import renoise
 from artifact_guard.kernels.robust_threshold import robust_threshold, sample_median
 from artifact_guard.kernels.score_dynamics import change_speed, gaussian_blur
@@ -67,13 +68,19 @@ def test_speed_of_non_contiguous_estimates():
 # Robust threshold
 
 
+@pytest.fixture(params=[("cpu",), ()], ids=["numpy", "torch"])
+def numpy_devices(request, monkeypatch):
+    """Medians by numpy, as on the CPU, and by torch, as on every other device."""
+    monkeypatch.setattr(thresholds, "NUMPY_DEVICES", request.param)
+
+
 def numpy_threshold(values, k):
     values = np.asarray(values, dtype=np.float64)
     median = np.median(values)
     return median + k * 1.4826 * np.median(np.abs(values - median))
 
 
-def test_threshold_by_hand():
+def test_threshold_by_hand(numpy_devices):
     """median 3, MAD 1 of 1..5; median 2.5, MAD 1 of 1..4."""
     five, four = torch.arange(1.0, 6.0)[None], torch.arange(1.0, 5.0)[None]
     assert robust_threshold(five, 3.0).item() == pytest.approx(3 + 3 * 1.4826)
@@ -82,7 +89,7 @@ def test_threshold_by_hand():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 3, 5, 7), (2, 4, 6, 7)])
-def test_threshold_is_numpys(shape, dtype):
+def test_threshold_is_numpys(shape, dtype, numpy_devices):
     """Each sample's median + k MAD, for odd and even numbers of values, also through non-contiguous memory."""
     values = normal(*shape, dtype=dtype)
     wanted = [numpy_threshold(row, 3.0) for row in values.double().flatten(1).numpy()]
@@ -94,7 +101,7 @@ def test_threshold_is_numpys(shape, dtype):
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 35])
-def test_threshold_looks_at_valid_entries_only(count):
+def test_threshold_looks_at_valid_entries_only(count, numpy_devices):
     """`valid`, one for all channels or samples, leaves the others out of median and MAD, whatever they hold."""
     values = normal(2, 3, 5, 7)
     valid = torch.zeros(35, dtype=torch.bool)
@@ -106,7 +113,7 @@ def test_threshold_looks_at_valid_entries_only(count):
         np.testing.assert_allclose(robust_threshold(values, 2.0, mask).numpy(), wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_threshold_with_nan_and_without_entries():
+def test_threshold_with_nan_and_without_entries(numpy_devices):
     """NaN counts as larger than any number; rows of NaN and rows without a valid entry give NaN: nothing exceeds it."""
     row = [3.0, torch.nan, 1.0, 2.0, torch.nan, 5.0, 4.0]
     values = torch.tensor([row, [torch.nan] * 7])

@@ -26,7 +26,7 @@ KERNELS = {
     },
     "robust_threshold": {
         "_median_and_mad": [("pf pu pf pf i", {"MASKED": masked, "BLOCK": 2048}) for masked in (True, False)],
-        "_quantile": [("pf pu pf i i f", {"MASKED": masked, "BLOCK": 2048}) for masked in (True, False)],
+        "_quantile": [("pf pu pf i i i", {"MASKED": masked, "BLOCK": 2048}) for masked in (True, False)],
     },
     "regions": {"_join_neighbours": [("pu pi i i", {"BLOCK": 256})], "_name_regions": [("pu pi pl i", {"BLOCK": 256})]},
     "renoise": {"_renoise": [("p16 pf pf pu p16 f f i i", {"BLOCK": 1024})]},
