@@ -149,9 +149,10 @@ def test_same_mask_on_cpu_and_gpu(detector):
     settings, window = record.settings, record.window
     for device in ("cpu", "cuda"):
         judge = kind(settings.options, settings.sensitivity, min(HEIGHT, WIDTH))
-        steps = [e._replace(x=e.x.to(device), denoised=e.denoised.to(device)) for e in seen[window.detect_from : window.correct_at + 1]]
-        for before, after in zip(steps, steps[1:]):
-            judge.observe(before, after, None)
+        steps = [e._replace(x=e.x.to(device), denoised=e.denoised.to(device)) for e in seen[: window.correct_at + 1]]
+        for number, (before, after) in enumerate(zip(steps, steps[1:])):
+            if number >= window.detect_from:
+                judge.observe(before, after, None)
             judge.accompany(change_maps(after.denoised, before.denoised)[1])
         masks.append(judge.findings().regions.cpu())
     differing = int((masks[0] ^ masks[1]).sum())
