@@ -136,7 +136,7 @@ def test_waits_are_seen():
 @pytest.mark.parametrize("detector", ["score dynamics", "clean estimate", "weighted score"])
 def test_same_mask_on_cpu_and_gpu(detector):
     """The same estimates give the same mask on both, pixels within rounding of a threshold aside: they are counted."""
-    guarded, report = guard(trapped_model(), options={"detector": detector})
+    guarded, report = guard(trapped_model(), options={"detector": detector}, sensitivity=1.0)
     seen, look = [], Watch.look
 
     def noted(watch, estimate, *arguments, **keywords):
