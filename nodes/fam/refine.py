@@ -8,17 +8,15 @@ import comfy.sample
 import comfy.utils
 import latent_preview
 
-from ...kernels.score_dynamics import gaussian_blur
 from ..latents import FrameLayout, check_latent, soft_mask_to_frames
 from .attention import AttentionSettings, patch_attention
+from .flaw_regions import fill_regions, soften
 from .grad_cam import flaw_map
 from .highlighter import FlawHighlighter
 from .noise import add_map
 
-SOFTNESS = 0.02
-"""Blur of a region's edge, as a fraction of the shorter side; at least half a latent pixel."""
-FAINTEST = 0.02
-"""Edges fainter than this belong to the outside, which is left untouched."""
+STARTS = ("surroundings", "image")
+"""What a region is redrawn from: the smooth continuation of what surrounds it, or the flawed image itself."""
 FLAWED = 0.5
 """An image that the highlighter calls generated with less than this probability is left as it is."""
 
@@ -37,6 +35,8 @@ class RefineSettings:
     attention_strength: float = 0.025
     noise_strength: float = 0.0
     threshold: float = 0.5
+    start_from: str = STARTS[0]
+    grow: float = 0.03
 
     def __post_init__(self):
         if not 0 < self.denoise <= 1:
@@ -45,20 +45,16 @@ class RefineSettings:
             raise ValueError(f"rounds is {self.rounds}; at least 1 is wanted.")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold}; a value from 0 (excluded) to 1 is wanted.")
+        if self.start_from not in STARTS:
+            raise ValueError(f"start_from is {self.start_from!r}; one of {', '.join(map(repr, STARTS))} is wanted.")
+        if not 0 <= self.grow <= 0.5:
+            raise ValueError(f"grow is {self.grow}; a fraction of the shorter side from 0 to 0.5 is wanted.")
 
 
 def decode(vae, samples: torch.Tensor) -> torch.Tensor:
     """A latent as IMAGE (frames, H, W, 3), the frames of a video one after the other."""
     image = vae.decode(samples)
     return image.flatten(0, 1) if image.ndim == 5 else image
-
-
-def soften(maps: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Regions of maps (F, H, W), at the size of the latent, with soft edges: 0..1, exactly 0 outside."""
-    region = (maps >= threshold).float()
-    sigma = max(0.5, SOFTNESS * min(maps.shape[-2:]))
-    soft = torch.maximum(region, gaussian_blur(region[:, None], sigma)[:, 0]).clamp(0, 1)
-    return torch.where(soft > FAINTEST, soft, 0.0)
 
 
 class Refiner:
@@ -88,7 +84,7 @@ class Refiner:
     def regions(self) -> torch.Tensor:
         """Where each sample is to be redrawn, (B, 1, [T,] H, W) in 0..1; nowhere in samples that are judged sound."""
         maps = soft_mask_to_frames(self.maps, self.layout, "flaw_map", self.temporal_ratio)
-        regions = soften(maps, self.settings.threshold).unflatten(0, (self.layout.batch, -1))
+        regions = soften(maps, self.settings.threshold, self.settings.grow).unflatten(0, (self.layout.batch, -1))
         regions = regions * (self.probabilities >= FLAWED).view(-1, 1, 1, 1)
         regions = regions[:, None] if self.samples.ndim == 5 else regions
         mask = self.latent.get("noise_mask")
@@ -106,9 +102,12 @@ class Refiner:
         if settings.noise_strength:
             maps = soft_mask_to_frames(self.maps, self.layout, "flaw_map", self.temporal_ratio)
             noise = add_map(noise, maps, settings.noise_strength)
+        start = self.samples
+        if settings.start_from == "surroundings":
+            start = fill_regions(start, regions, self.layout)
         redrawn = comfy.sample.sample(
             model, noise, settings.steps, settings.cfg, settings.sampler_name, settings.scheduler, self.positive,
-            self.negative, self.samples, denoise=settings.denoise, noise_mask=regions, seed=seed,
+            self.negative, start, denoise=settings.denoise, noise_mask=regions, seed=seed,
             callback=latent_preview.prepare_callback(model, settings.steps),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         )

@@ -13,7 +13,7 @@ from .highlighter_schema import (
 )
 from .noise import FlawNoise
 from .pictures import draw_heat
-from .refine import Refiner, RefineSettings
+from .refine import STARTS, Refiner, RefineSettings
 
 
 class FAMFlawMap(io.ComfyNode):
@@ -185,6 +185,15 @@ class FAMRefine(io.ComfyNode):
                     "threshold", default=0.5, min=0.01, max=1.0, step=0.01, advanced=True,
                     tooltip="A region is where the map reaches this. Lower takes in more of the image.",
                 ),
+                io.Combo.Input(
+                    "start_from", options=list(STARTS), default=STARTS[0], optional=True, advanced=True,
+                    tooltip="What a region is redrawn from. surroundings: their smooth continuation, so that nothing of the "
+                    "flaw is left. image: the flawed image itself, which keeps more of the picture, and of the flaw.",
+                ),
+                io.Float.Input(
+                    "grow", default=0.03, min=0.0, max=0.5, step=0.001, optional=True, advanced=True,
+                    tooltip="Widens the regions on all sides, as a fraction of the shorter side. Higher redraws more. 0: as marked.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="The refined images."),
@@ -199,10 +208,11 @@ class FAMRefine(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, vae, flaw_highlighter, positive, negative, latent, seed, steps, cfg, sampler_name, scheduler, denoise,
-        rounds, attention_strength, noise_strength, threshold,
+        rounds, attention_strength, noise_strength, threshold, start_from=STARTS[0], grow=0.03,
     ) -> io.NodeOutput:
         settings = RefineSettings(
-            seed, steps, cfg, sampler_name, scheduler, denoise, rounds, attention_strength, noise_strength, threshold
+            seed, steps, cfg, sampler_name, scheduler, denoise, rounds, attention_strength, noise_strength, threshold,
+            start_from, grow,
         )
         refined, maps, report = Refiner(model, vae, flaw_highlighter, positive, negative, latent, settings).run()
         return io.NodeOutput(refined, maps, json.dumps(report, indent=2))

@@ -1,18 +1,14 @@
-"""Noise and refining: what is amplified, what is redrawn, what is left bit for bit, and what is reported."""
+"""Refining: what is redrawn and from what, what is left bit for bit, what is kept, and what is reported."""
 
 import json
 
-import comfy.nested_tensor
-import comfy.samplers
 import pytest
 import torch
 from artifact_guard.nodes.demo.model import class_token, load_demo_model
 from artifact_guard.nodes.fam import refine
-from artifact_guard.nodes.fam.noise import FlawNoise
-from artifact_guard.nodes.fam.refine import Refiner, RefineSettings, soften
-from artifact_guard.nodes.fam.schema import FAMNoise, FAMRefine
-from artifact_guard.kernels.kv_scale import scale_tokens
-from comfy_extras.nodes_custom_sampler import RandomNoise
+from artifact_guard.nodes.fam.flaw_regions import soften
+from artifact_guard.nodes.fam.refine import Refiner, RefineSettings
+from artifact_guard.nodes.fam.schema import FAMRefine
 
 from tests.small_models import small_model
 
@@ -54,63 +50,11 @@ def run(demo, latent, **settings):
         return Refiner(model, vae, None, prompt, prompt, latent, RefineSettings(**settings)).run()
 
 
-# Noise
-
-def test_noise_gains_the_map():
-    """eps + strength * map, the same on all channels; the seed is the wrapped one's."""
-    noise = RandomNoise.execute(7)[0]
-    latent = {"samples": torch.zeros(2, 4, 8, 8)}
-    flaw_map = torch.zeros(1, 64, 64)
-    flaw_map[:, :32] = 1
-    amplified = FAMNoise.execute(noise, flaw_map, 0.25)[0]
-    difference = amplified.generate_noise(latent) - noise.generate_noise(latent)
-    assert torch.allclose(difference[:, :, :4], torch.tensor(0.25), atol=1e-6) and not difference[:, :, 4:].any()
-    assert amplified.seed == 7
-
-
-def test_noise_is_deterministic_and_off_bit_for_bit():
-    noise, latent = RandomNoise.execute(7)[0], {"samples": torch.zeros(1, 4, 8, 8)}
-    flaw_map = torch.ones(1, 8, 8)
-    assert torch.equal(FlawNoise(noise, flaw_map, 0.0).generate_noise(latent), noise.generate_noise(latent))
-    one, other = (FlawNoise(noise, flaw_map, 0.1).generate_noise(latent) for _ in range(2))
-    assert torch.equal(one, other)
-
-
-def test_noise_of_videos_and_nested_latents():
-    noise = RandomNoise.execute(1)[0]
-    frames = torch.zeros(3, 8, 8)
-    frames[2] = 1
-    video = {"samples": torch.zeros(1, 4, 3, 8, 8)}
-    difference = FlawNoise(noise, frames, 1.0).generate_noise(video) - noise.generate_noise(video)
-    assert torch.allclose(difference[:, :, 2], torch.tensor(1.0), atol=1e-6) and not difference[:, :, :2].any()
-    parts = [torch.zeros(1, 4, 3, 8, 8), torch.zeros(1, 8, 20)]
-
-    class Wrapped:
-        seed = 0
-
-        def generate_noise(self, latent):
-            return comfy.nested_tensor.NestedTensor([p.clone() for p in parts])
-
-    result = FlawNoise(Wrapped(), frames, 1.0).generate_noise({}).unbind()
-    assert result[0][:, :, 2].min() == 1 and not result[1].any()
-
-
-@pytest.mark.parametrize("flaw_map, words", [
-    (torch.full((1, 8, 8), torch.nan), "flaw_map: the mask holds NaN"), (torch.ones(1, 8, 16), "does not have the shape"),
-    (torch.ones(5, 8, 8), "5 masks came for 2 samples"),
-])
-def test_maps_that_do_not_fit_the_noise(flaw_map, words):
-    with pytest.raises(ValueError, match=words):
-        FlawNoise(RandomNoise.execute(1)[0], flaw_map, 0.1).generate_noise({"samples": torch.zeros(2, 4, 8, 8)})
-
-
-# Refining
-
 def test_outside_the_regions_nothing_changes(demo):
     """Bit for bit, whatever the sampler did there; inside it is redrawn."""
     latent = flawed()
     refined, maps, report = run(demo, latent)
-    region = soften(torch.nn.functional.pad(torch.ones(2, 8, 8), (8, 16, 8, 16)), 0.5) > 0
+    region = soften(torch.nn.functional.pad(torch.ones(2, 8, 8), (8, 16, 8, 16)), 0.5, grow=0.03) > 0
     changed = (refined["samples"] != latent["samples"]).any(dim=1)
     assert changed[region].float().mean() > 0.9 and not changed[~region].any()
     assert maps.shape == (2, 32, 32)
@@ -190,6 +134,15 @@ def test_every_strength_does_something(demo):
     assert "optimized_attention_override" not in model.model_options["transformer_options"]
 
 
+def test_from_its_surroundings_nothing_of_a_flaw_is_left(demo):
+    """A grey square in the middle of a black picture: filled, hardly renoised, and so nearly black; from the image, grey."""
+    filled, kept = (
+        run(demo, flawed(1, 0.6), start_from=start, denoise=0.05, threshold=0.5)[0]["samples"][0, :, 9:15, 9:15]
+        for start in ("surroundings", "image")
+    )
+    assert filled.mean() < -0.9 and kept.mean() > 0.4
+
+
 def test_every_sampler_can_refine(demo):
     for sampler in ("dpmpp_2m", "euler_ancestral", "uni_pc", "lcm"):
         assert torch.isfinite(run(demo, flawed(1), sampler_name=sampler)[0]["samples"]).all()
@@ -234,6 +187,7 @@ def test_the_node_puts_out_json(demo):
 
 @pytest.mark.parametrize("wrong, words", [
     ({"denoise": 0.0}, "denoise is 0.0"), ({"rounds": 0}, "rounds is 0"), ({"threshold": 0.0}, "threshold is 0.0"),
+    ({"start_from": "noise"}, "start_from is 'noise'; one of 'surroundings', 'image'"), ({"grow": 0.6}, "grow is 0.6"),
 ])
 def test_settings_that_cannot_work(demo, wrong, words):
     with pytest.raises(ValueError, match=words):
@@ -246,53 +200,3 @@ def test_settings_that_cannot_work(demo, wrong, words):
 def test_latents_that_cannot_be_refined(demo, samples, words):
     with pytest.raises(ValueError, match=words):
         run(demo, {"samples": samples})
-
-
-def test_soft_edges_end():
-    """1 inside, falling outside, exactly 0 a few pixels away."""
-    maps = torch.zeros(1, 64, 64)
-    maps[:, 20:30, 20:30] = 0.7
-    soft = soften(maps, 0.5)
-    assert (soft[0, 20:30, 20:30] == 1).all() and 0 < soft[0, 25, 31] < 1 and not soft[0, 40:].any()
-    assert not soften(maps, 0.8).any()
-
-
-# The kernel
-
-def scaled_by_hand(x, amount, first, axis):
-    factor = torch.ones(x.shape[0], x.shape[axis], dtype=torch.float64)
-    factor[:, first : first + amount.shape[1]] += amount.double()
-    shape = [len(x)] + [1] * (x.ndim - 1)
-    shape[axis] = x.shape[axis]
-    return x.double() * factor.view(shape)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape, axis", [((2, 9, 5), 1), ((2, 3, 9, 5), 2)])
-@pytest.mark.parametrize("first, count", [(0, 9), (0, 4), (3, 6), (2, 5), (9, 0)])
-def test_scaled_tokens(dtype, shape, axis, first, count):
-    """Against float64, within one rounding; the other tokens bit for bit; strides do not matter."""
-    random = torch.Generator().manual_seed(1)
-    x = torch.randn(*shape, generator=random).to(dtype)
-    amount = 0.3 * torch.rand(2, count, generator=random)
-    result = scale_tokens(x, amount, first, axis)
-    exact = scaled_by_hand(x, amount.to(dtype).float(), first, axis)
-    assert result.dtype == dtype and result.shape == x.shape
-    assert ((result.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-12).all()
-    others = torch.tensor([i for i in range(9) if not first <= i < first + count], dtype=torch.long)
-    assert torch.equal(result.index_select(axis, others), x.index_select(axis, others))
-    strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    assert torch.equal(scale_tokens(strided, amount, first, axis), result)
-
-
-def test_small_amounts_survive_bfloat16():
-    """On the average: 1 + 0.003 itself would round to 1."""
-    x = torch.randn(1, 200_000, 1, generator=torch.Generator().manual_seed(1)).bfloat16()
-    result = scale_tokens(x, torch.full((1, 200_000), 0.003))
-    assert (result.double() / x.double()).mean().item() == pytest.approx(1.003, abs=3e-4)
-
-
-@pytest.mark.parametrize("amount, first", [(torch.ones(2, 10), 0), (torch.ones(2, 5), 5), (torch.ones(3, 5), 0), (torch.ones(2, 1), -1)])
-def test_amounts_that_do_not_fit(amount, first):
-    with pytest.raises(ValueError, match="does not fit x"):
-        scale_tokens(torch.ones(2, 9, 4), amount, first)
