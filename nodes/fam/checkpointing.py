@@ -1,13 +1,15 @@
 """Gradient checkpointing: a block's activations are not kept but computed again on the way back.
 
-The blocks are found by ComfyUI's own find_modules_at_depth. Unlike core's, a block that is computed again sees the
-transformer_options as they were the first time: models write into them as they go, and attention patches read there
-which block is running.
+The blocks are found by ComfyUI's own find_modules_at_depth. Two things differ from core's. A block that is computed again
+sees the transformer_options as they were the first time: models write into them as they go, and attention patches read
+there which block is running. And blocks may write in place into activations that their gradient needs, as Flux's single
+blocks do with `x += y`: when a block is computed again, torch does not notice, and gradients are wrong by several percent.
 """
 
 from contextlib import contextmanager
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from comfy_extras.nodes_train import find_modules_at_depth
@@ -16,8 +18,23 @@ DEPTH = 2
 """The network's blocks; depth 1 is the network as a whole, which would save nothing."""
 
 
+class KeepWhatWasSaved(TorchFunctionMode):
+    """Inside, a tensor with a gradient moves to new memory before it is written in place: what was saved of it stays.
+
+    Views stay where they are, or their base would not see what is written.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name.endswith("_") and not name.startswith("__") and torch.is_grad_enabled():
+            target = args[0] if args else None
+            if isinstance(target, torch.Tensor) and target.requires_grad and not target.is_leaf and not target._is_view():
+                target.data = target.data.clone()
+        return function(*args, **(kwargs or {}))
+
+
 def own(value):
-    """A tensor on the way to a gradient as a clone: some blocks, Flux's single ones for one, write into what they get."""
+    """A tensor on the way to a gradient as a clone, for a block that writes into what it is given."""
     return value.clone() if isinstance(value, torch.Tensor) and value.requires_grad else value
 
 
@@ -31,7 +48,8 @@ def checkpointed_forward(forward):
         def block(*_):
             values = list(map(own, before if calls else given))
             calls.append(True)
-            return forward(*values[: len(args)], **dict(zip(kwargs, values[len(args) :])))
+            with KeepWhatWasSaved():
+                return forward(*values[: len(args)], **dict(zip(kwargs, values[len(args) :])))
 
         # Handed over for torch to notice a tensor that was changed in between: computing again would then be wrong.
         tensors = [value for value in given if isinstance(value, torch.Tensor)]

@@ -147,6 +147,7 @@ class FlawAwareTraining:
         with ExitStack() as stack:
             stack.enter_context(checkpointed(model.model.diffusion_model, settings.gradient_checkpointing))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
             stack.callback(setattr, comfy.model_management, "in_training", before)
             comfy.model_management.in_training = True
             self.watcher.before_step(first)

@@ -143,18 +143,19 @@ def prepare(session: Session, samples: torch.Tensor, earlier: tuple | None, name
         ValueError: a step cannot be done, the highlighter answers the same for everything, or the run does not fit.
     """
     training, node_id = session.training, session.node_id
-    seconds = session.look()
-    if training.uses_map:
-        check_highlighter(training.sampling, samples, session.first)
-    if training.settings.noise_strength and not works_on_pixels(training.model):
-        logging.info("Artifact Guard: noise_strength is off: this model works on latents, where a map of the picture has no place "
-                     "in the noise. The attention part acts alone, as published for latent models.")
     if earlier is not None:
         restore(training, *earlier, name)
         different = changes(training, session.file.rank, earlier[1])
         if different:
             tell(node_id, f"Not the run that {name} began any more, for this was changed: {', '.join(different)}.")
-    tell(node_id, measure_cost(training, seconds).words(training))
+    cost = measure_cost(training)
+    cost.map = session.look()
+    if training.uses_map:
+        check_highlighter(training.sampling, samples, session.first)
+    if training.settings.noise_strength and not works_on_pixels(training.model):
+        logging.info("Artifact Guard: noise_strength is off: this model works on latents, where a map of the picture has no place "
+                     "in the noise. The attention part acts alone, as published for latent models.")
+    tell(node_id, cost.words(training))
 
 
 NODES = [FAMTrainLoRA]

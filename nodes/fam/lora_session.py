@@ -43,12 +43,12 @@ def in_words(seconds: float) -> str:
 
 @dataclass
 class Cost:
-    """What one step and one map took, in seconds, and the memory in use at the most, in bytes, of `memory_total`."""
+    """What one step took, in seconds, the memory in use at the most, in bytes, of `memory_total`, and what a map took."""
 
     step: float
-    map: float
     memory: int
     memory_total: int
+    map: float = 0.0
 
     def words(self, training: FlawAwareTraining) -> str:
         """What the run will take."""
@@ -62,7 +62,7 @@ class Cost:
         )
 
 
-def measure_cost(training: FlawAwareTraining, map_seconds: float) -> Cost:
+def measure_cost(training: FlawAwareTraining) -> Cost:
     """Two trial steps, the second one timed: the first also loads the model.
 
     Raises:
@@ -91,7 +91,7 @@ def measure_cost(training: FlawAwareTraining, map_seconds: float) -> Cost:
         ) from error
     total = comfy.model_management.get_total_memory(device)
     used = torch.cuda.max_memory_reserved(device) if cuda else total - comfy.model_management.get_free_memory(device)
-    return Cost(seconds, map_seconds, used, total)
+    return Cost(seconds, used, total)
 
 
 class Session:

@@ -1,0 +1,95 @@
+"""What the training node refuses, in words and before it trains."""
+
+import comfy.sd
+import pytest
+import torch
+from artifact_guard.nodes.fam.lora_checks import normal_tensors, spoilt
+
+from tests.small_models import small_model
+from tests.unit.fam_lora_support import RoughPlaces, SameForAll, ToyVAE, rough_highlighter, smooth_latents
+from tests.unit.test_fam_lora_models import train
+
+
+@pytest.fixture(scope="module")
+def small():
+    return small_model("sd15")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"positive": []}, "positive: no text encoder output"),
+        ({"positive": [[None, {}]]}, "positive: an entry without text encoder output"),
+        ({"positive": [[torch.zeros(1, 0, 24), {}]]}, "positive: an entry without"),
+        ({"positive": [[torch.full((1, 6, 24), torch.nan), {}]]}, "positive: .* NaN"),
+        ({"positive": [[torch.zeros(1, 6, 24), {"area": (8, 8, 0, 0)}]]}, "positive: .* confined by area"),
+        ({"positive": [[torch.zeros(1, 6, 24), {}]] * 4}, "positive: 4 prompts came for 6 latents"),
+        ({"positive": [[torch.zeros(1, 6, 77), {}]]}, "could not take a training step .* text encoder of another model"),
+        ({"latents": {"samples": torch.zeros(2, 16, 8, 8)}}, "16 channels and this model works on 4"),
+        ({"latents": {"samples": torch.zeros(2, 4, 3, 8, 8)}}, "latents: they have 3 axes"),
+        ({"latents": {"samples": torch.zeros(0, 4, 8, 8)}}, "latents: an empty batch"),
+        ({"latents": {"samples": torch.full((2, 4, 8, 8), torch.nan)}}, "NaN"),
+        ({"vae": ToyVAE(16)}, "vae: it decodes latents of 16 channels and this model's have 4"),
+        ({"rank": 0}, "rank is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"base_fraction": 1.5}, "base_fraction is 1.5"),
+        ({"attention_strength": float("nan")}, "attention_strength is nan"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"resume": "nowhere.safetensors"}, "nowhere.safetensors.* no such file"),
+        ({"flaw_highlighter": rough_highlighter(SameForAll())}, "answers the same for everything.*real every time .*35.4% to 35.4%"),
+        ({"flaw_highlighter": rough_highlighter(RoughPlaces(-9.0))}, "the same for everything.*generated every time"),
+        ({"flaw_highlighter": rough_highlighter(RoughPlaces(9.0))}, "the same for everything.*real every time"),
+    ],
+)
+def test_refused_in_words(small, change, words):
+    with pytest.raises(ValueError, match=words):
+        train(small, **change)
+
+
+def test_missing_pooled_text_is_told():
+    """SDXL's prompt without what its second text encoder gives."""
+    small = small_model("sdxl")
+    with pytest.raises(ValueError, match="could not take a training step"):
+        train(small, positive=[[small.conditioning(1)[0][0], {"pooled_output": torch.zeros(1, 7)}]])
+
+
+def test_prompts_of_different_lengths_need_batches_of_one():
+    small = small_model("flux")
+    prompts = [small.conditioning(1, tokens=4 + index)[0] for index in range(6)]
+    with pytest.raises(ValueError, match="Set batch_size to 1"):
+        train(small, positive=prompts, batch_size=4)
+    assert train(small, positive=prompts, batch_size=1)
+
+
+def test_a_lora_in_bypass_mode_is_refused(small):
+    patched = small.model.clone()
+    lora, _, _ = train(small)
+    bypassed, _ = comfy.sd.load_bypass_lora_for_models(patched, None, lora, 1.0, 0)
+    with pytest.raises(ValueError, match="bypass"):
+        train(small, model=bypassed)
+
+
+def test_a_constant_highlighter_is_no_matter_where_no_map_acts(small):
+    assert train(small, flaw_highlighter=rough_highlighter(SameForAll()), attention_strength=0.0)
+
+
+def test_conditions_made_under_inference_mode_can_be_part_of_a_gradient():
+    with torch.inference_mode():
+        tokens = torch.ones(1, 2, 3)
+        value = [[tokens, {"pooled_output": tokens, "list": [tokens], "n": 3}]]
+    with torch.inference_mode(False):
+        freed = normal_tensors(value)
+    assert not freed[0][0].is_inference() and not freed[0][1]["list"][0].is_inference() and freed[0][1]["n"] == 3
+
+
+def test_spoilt_images_are_spoilt_in_the_middle_only():
+    image = torch.full((1, 8, 8, 3), 0.5)
+    changed = (spoilt(image) != image).any(-1)[0]
+    assert changed[2:6, 2:6].all() and changed.sum() == 16 and (image == 0.5).all()
+
+
+def test_smooth_images_are_real_to_the_hand_made_highlighter(small):
+    """The tests' own judge tells the two apart, so that the refusals above are for the right reason."""
+    judge = rough_highlighter()
+    smooth = ToyVAE().decode(smooth_latents(small)["samples"])
+    assert (judge.generated_probability(smooth) < 0.5).all() and (judge.generated_probability(spoilt(smooth)) > 0.5).all()

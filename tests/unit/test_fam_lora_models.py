@@ -1,0 +1,88 @@
+"""The trained LoRA on real architectures at reduced width: core's own loader takes it, and it does what was trained."""
+
+import comfy.lora
+import pytest
+import torch
+from artifact_guard.nodes.fam.lora_schema import FAMTrainLoRA
+from comfy_extras.nodes_train import LoraModelLoader
+
+from tests.small_models import sample, small_model
+from tests.unit.fam_lora_support import ToyVAE, rough_highlighter, settings, smooth_latents, start
+
+
+def train(small, model=None, **more):
+    """The node's outputs of a run of four steps, under inference mode as ComfyUI runs nodes."""
+    given = dict(
+        model=model or small.model, vae=ToyVAE(small.channels), flaw_highlighter=rough_highlighter(), latents=smooth_latents(small),
+        positive=small.conditioning(1), steps=4, base_fraction=0.5, map_every=1, attention_strength=0.025, noise_strength=0.01,
+        rank=3, learning_rate=1e-2, batch_size=2, seed=0, map_images=2, map_steps=2, map_cfg=2.0,
+    )
+    with torch.inference_mode():
+        return FAMTrainLoRA.execute(**(given | more)).args
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux"])
+def test_core_loads_it_and_it_acts(family):
+    """Every key finds its layer; the samples change; strength 0 and the model that was given are as before."""
+    small = small_model(family)
+    before = sample(small)
+    lora, curves, flaw_map = train(small)
+    layers = {name.rpartition(".lora_")[0] for name in lora if ".lora_" in name}
+    keys = comfy.lora.model_lora_keys_unet(small.model.model, {})
+    assert set(comfy.lora.load_lora(lora, keys, log_missing=True).keys()) == {f"{layer}.weight" for layer in layers}
+    with torch.inference_mode():
+        (loaded,) = LoraModelLoader.execute(small.model, lora, 1.0).args
+        (bypassed,) = LoraModelLoader.execute(small.model, lora, 1.0, bypass=True).args
+    after = sample(small, loaded)
+    assert torch.isfinite(after).all() and not torch.allclose(after, before, atol=1e-3)
+    assert torch.allclose(sample(small, bypassed), after, rtol=1e-2, atol=1e-2)
+    assert torch.equal(sample(small), before)
+    assert curves.shape[0] == 1 and curves.shape[-1] == 3
+    assert flaw_map.shape == (1, 16, 16) and 0 <= flaw_map.min() and 0 < flaw_map.max() <= 1
+
+
+def test_core_gives_what_was_trained():
+    """Sampled with core's loader: the same as with the adapters on the copy that was trained, the average in their place."""
+    small = small_model("sd15")
+    training, weights = start(small, settings(learning_rate=1e-2))
+    training.run()
+    with torch.inference_mode(False), torch.no_grad(), training.average.standing_in():
+        trained = sample_outside_inference(small, training.model)
+    with torch.inference_mode():
+        (loaded,) = LoraModelLoader.execute(small.model, weights.lora(training.average.values), 1.0).args
+    assert torch.allclose(sample(small, loaded), trained, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(sample(small), trained, atol=1e-2)
+
+
+def sample_outside_inference(small, model):
+    import nodes as core_nodes
+
+    (out,) = core_nodes.common_ksampler(
+        model, 3, 4, 4.0, "euler", "simple", small.conditioning(1), small.conditioning(2), small.latent()
+    )
+    return out["samples"]
+
+
+@pytest.mark.parametrize("family", ["wan", "qwen_image"])
+def test_latents_with_a_time_axis(family):
+    lora, _, flaw_map = train(small_model(family), vae=FrameVAE())
+    assert any(value.abs().max() > 0 for name, value in lora.items() if "lora_down" in name)
+    assert flaw_map.shape[0] == 1
+
+
+class FrameVAE:
+    """Decodes every frame of a video."""
+
+    def decode(self, samples):
+        return samples[:, :3].movedim(1, -1).sigmoid()
+
+
+def test_a_model_whose_attention_cannot_be_reached_trains_without_that_part(monkeypatch):
+    from artifact_guard.nodes.fam import families
+
+    small = small_model("sd15")
+    monkeypatch.setattr(families, "FAMILIES", ())
+    with pytest.raises(ValueError, match="of a kind this patch was not tried on"):
+        train(small)
+    lora, _, _ = train(small, attention_strength=0.0)
+    assert lora

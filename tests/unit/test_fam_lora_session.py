@@ -1,0 +1,201 @@
+"""The run as the node makes it: cancelling, running out of memory, files that go on, and what is seen meanwhile."""
+
+import os
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from artifact_guard.nodes.fam import lora_schema, lora_session
+from artifact_guard.nodes.fam.lora_state import FOLDER, NEW_RUN, read_run, run_names
+from artifact_guard.nodes.model_files import KIND_KEY, save_model_file
+from safetensors import safe_open
+
+from tests.small_models import small_model
+from tests.unit.fam_lora_support import equal
+from tests.unit.test_fam_lora_models import train
+
+
+@pytest.fixture
+def small():
+    return small_model("sd15")
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """An empty models/fam_training; gives the names in it."""
+    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, FOLDER, ([str(tmp_path)], extensions))
+    folder_paths.filename_list_cache.pop(FOLDER, None)
+    yield lambda: sorted(os.listdir(tmp_path))
+    folder_paths.filename_list_cache.pop(FOLDER, None)
+
+
+def fail_at(monkeypatch, step, error):
+    """The training raises before this step."""
+    watched = lora_session.Session.before_step
+
+    def before_step(self, number):
+        if number == step and self.bar is not None:
+            raise error
+        watched(self, number)
+
+    monkeypatch.setattr(lora_session.Session, "before_step", before_step)
+
+
+def test_cancelled_keeps_what_was_learned_and_goes_on_as_if_nothing_had_been(small, files, monkeypatch):
+    """Cancelled before step 3: the LoRA comes out, the run is in a file, and resumed it ends like the whole run."""
+    whole, _, whole_map = train(small)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 3, comfy.model_management.InterruptProcessingException())
+        part, _, _ = train(small)
+    assert files() == ["fam_lora_00001_.safetensors", "fam_lora_00002_.safetensors"]
+    assert part.keys() == whole.keys() and not equal(part, whole)
+    resumed, _, resumed_map = train(small, resume="fam_lora_00002_.safetensors")
+    assert equal(resumed, whole) and torch.equal(whole_map, resumed_map)
+    assert files()[-1] == "fam_lora_00003_.safetensors", "the file that was resumed is not overwritten"
+    assert run_names() == [NEW_RUN, *files()]
+
+
+def test_cancelled_before_the_first_step_is_a_cancel(small, files, monkeypatch):
+    fail_at(monkeypatch, 0, comfy.model_management.InterruptProcessingException())
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(small)
+    assert files() == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [comfy.model_management.OOM_EXCEPTION("out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_out_of_memory_saves_and_names_the_file(small, files, monkeypatch, error):
+    fail_at(monkeypatch, 2, error)
+    with pytest.raises(RuntimeError, match=r"Out of memory after 2 of 4 steps.*fam_lora_00001_.safetensors.*resume"):
+        train(small)
+    _, settings = read_run("fam_lora_00001_.safetensors", 3)
+    assert settings["step"] == 2
+
+
+def test_out_of_memory_at_the_trial_step_is_told(small, files, monkeypatch):
+    def trial(self):
+        raise MemoryError
+
+    monkeypatch.setattr("artifact_guard.nodes.fam.flaw_aware.FlawAwareTraining.trial", trial)
+    with pytest.raises(ValueError, match="not enough memory for a single step.*Lower batch_size"):
+        train(small)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_what_was_learned(small, files):
+    with pytest.raises(ValueError, match="The loss became nan.*Lower learning_rate"):
+        train(small, learning_rate=1.0, rank=64, steps=60, attention_strength=0.0)
+    tensors, settings = read_run(files()[0], 64)
+    assert 0 < settings["step"] < 60
+    assert len(tensors["losses"]) == settings["step"] and torch.isfinite(tensors["losses"]).all()
+
+
+def test_saved_on_the_way_into_one_file(small, files, monkeypatch):
+    saved, save = [], lora_session.RunFile.save
+
+    def watched(self, training):
+        saved.append(training.progress.step)
+        return save(self, training)
+
+    monkeypatch.setattr(lora_session.RunFile, "save", watched)
+    train(small, steps=5, save_every=2)
+    assert saved == [2, 4, 5] and files() == ["fam_lora_00001_.safetensors"]
+
+
+def test_files_that_do_not_fit_are_refused_in_words(small, files):
+    train(small)
+    name = files()[0]
+    with pytest.raises(ValueError, match="resume: .* has done 4 steps and the node asks for 4"):
+        train(small, resume=name)
+    with pytest.raises(ValueError, match="has rank 3 and the node says 5. Set rank to 3"):
+        train(small, resume=name, rank=5)
+    with pytest.raises(ValueError, match="a LoRA on another model"):
+        train(small_model("sdxl"), resume=name, steps=9)
+    save_model_file(FOLDER, "other", "flaw highlighter", {}, {})
+    with pytest.raises(ValueError, match="is a flaw highlighter; a flaw-aware training run is wanted"):
+        train(small, resume="other_00001_.safetensors")
+
+
+def test_a_change_of_settings_is_told(small, files, caplog):
+    caplog.set_level("INFO")
+    train(small)
+    train(small, resume=files()[0], steps=6, batch_size=1)
+    assert "this was changed: batch_size 2 -> 1." in caplog.text
+
+
+def test_a_file_says_what_it_holds(small, files):
+    train(small)
+    with safe_open(os.path.join(folder_paths.get_folder_paths(FOLDER)[0], files()[0]), "pt") as file:
+        assert file.metadata()[KIND_KEY] == "flaw-aware training run"
+
+
+def test_cost_is_told_before_the_first_step(small, files, monkeypatch, caplog):
+    """Steps, maps, time and memory, on the node and in the log."""
+    caplog.set_level("INFO")
+    told = []
+
+    class Server:
+        instance = None
+
+        def send_progress_text(self, text, node_id):
+            told.append((node_id, text))
+
+    Server.instance = Server()
+    monkeypatch.setattr(lora_session, "PromptServer", Server)
+    lora_session.tell("7", "words")
+    assert told == [("7", "words")] and "Artifact Guard: words" in caplog.text
+    fail_at(monkeypatch, 0, comfy.model_management.InterruptProcessingException())
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(small)
+    assert "4 steps of about" in caplog.text and "2 maps of about" in caplog.text and "GB" in caplog.text
+
+
+def test_noise_strength_on_latents_is_explained(small, files, caplog):
+    caplog.set_level("INFO")
+    train(small)
+    assert "noise_strength is off: this model works on latents" in caplog.text
+    caplog.clear()
+    train(small, noise_strength=0.0)
+    assert "noise_strength is off" not in caplog.text
+
+
+def test_curve_map_and_samples_are_seen_meanwhile(small, files, monkeypatch):
+    """The bar goes to the end; the pictures grow by the samples and maps of the newest batch."""
+    seen = []
+
+    class Bar:
+        def __init__(self, total):
+            pass
+
+        def update_absolute(self, value, total, preview=None):
+            seen.append((value, total, preview))
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    monkeypatch.setattr(lora_session, "PREVIEW_SECONDS", 0.0)
+    train(small)
+    steps = [entry for entry in seen if entry[1] == 4]
+    assert [value for value, _, _ in steps] == [0, 1, 2, 2, 3, 3, 4]
+    kind, picture, _ = steps[-1][2]
+    assert kind == "JPEG" and picture.width == 768 and picture.height > 520
+
+
+def test_same_seed_same_lora(small, files):
+    one, again, other = (train(small, seed=seed)[0] for seed in (3, 3, 4))
+    assert equal(one, again) and not equal(one, other)
+
+
+def test_durations_for_a_person():
+    assert [lora_session.in_words(s) for s in (0.2, 59, 600, 7200)] == ["1 s", "59 s", "10 min", "2.0 h"]
+
+
+def test_an_empty_prompt_is_cores():
+    from nodes import ConditioningZeroOut
+
+    small = small_model("sdxl")
+    ((tokens, more),) = lora_schema.zeroed([small.conditioning(1)])
+    ((wanted, others),) = ConditioningZeroOut().zero_out(small.conditioning(1))[0]
+    assert torch.equal(tokens, wanted) and torch.equal(more["pooled_output"], others["pooled_output"])
