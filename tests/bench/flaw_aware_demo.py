@@ -42,8 +42,8 @@ def conditions_of(demo_model) -> list:
     return [[[demo_model.class_token(label), {}]] for label in [*range(len(demo_model.LABELS)), None]]
 
 
-def demo_training(demo_model, images: torch.Tensor, labels: torch.Tensor, highlighter, settings, map_images: int = 32):
-    """A FlawAwareTraining of the whole network from its shipped weights."""
+def demo_training(demo_model, images: torch.Tensor, labels: torch.Tensor, highlighter, settings, map_images: int = 32, rate=None):
+    """A FlawAwareTraining of the whole network from its shipped weights. rate: the learning rate by step."""
     from artifact_guard.nodes.fam.flaw_aware import FlawAwareTraining
     from artifact_guard.nodes.fam.flaw_batch import FlawSampling
     from artifact_guard.nodes.fam.training_data import LatentData
@@ -58,7 +58,7 @@ def demo_training(demo_model, images: torch.Tensor, labels: torch.Tensor, highli
         vae, highlighter, conditions[:-1], conditions[-1], tuple(images.shape[1:]), map_images, SAMPLING_STEPS, CFG, SCHEDULER
     )
     data = LatentData(images, conditions, labels, (LABEL_DROPOUT, len(conditions) - 1))
-    return FlawAwareTraining(model, dict(network.named_parameters()), data, sampling, settings, betas=BETAS)
+    return FlawAwareTraining(model, dict(network.named_parameters()), data, sampling, settings, rate, BETAS)
 
 
 @torch.no_grad()
