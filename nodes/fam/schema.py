@@ -191,7 +191,7 @@ class FAMRefine(io.ComfyNode):
                     "flaw is left. image: the flawed image itself, which keeps more of the picture, and of the flaw.",
                 ),
                 io.Float.Input(
-                    "grow", default=0.03, min=0.0, max=0.5, step=0.001, optional=True, advanced=True,
+                    "grow", default=RefineSettings.grow, min=0.0, max=0.5, step=0.001, optional=True, advanced=True,
                     tooltip="Widens the regions on all sides, as a fraction of the shorter side. Higher redraws more. 0: as marked.",
                 ),
             ],
@@ -208,11 +208,11 @@ class FAMRefine(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, vae, flaw_highlighter, positive, negative, latent, seed, steps, cfg, sampler_name, scheduler, denoise,
-        rounds, attention_strength, noise_strength, threshold, start_from=STARTS[0], grow=0.03,
+        rounds, attention_strength, noise_strength, threshold, start_from=None, grow=None,
     ) -> io.NodeOutput:
         settings = RefineSettings(
             seed, steps, cfg, sampler_name, scheduler, denoise, rounds, attention_strength, noise_strength, threshold,
-            start_from, grow,
+            STARTS[0] if start_from is None else start_from, RefineSettings.grow if grow is None else grow,
         )
         refined, maps, report = Refiner(model, vae, flaw_highlighter, positive, negative, latent, settings).run()
         return io.NodeOutput(refined, maps, json.dumps(report, indent=2))

@@ -204,7 +204,7 @@ NODES = {
             ("noise_strength", "FLOAT"),
             ("threshold", "FLOAT"),
         ],
-        [],
+        [("start_from", None), ("grow", "FLOAT")],
         [("latent", "LATENT"), ("flaw_map", "MASK"), ("probabilities", "STRING")],
     ),
     "TAGTrainTimePredictor": Node(

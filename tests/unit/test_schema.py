@@ -102,7 +102,8 @@ CONTRACT = {
          ("negative", "CONDITIONING"), ("latent", "LATENT"), ("seed", "INT", 0), ("steps", "INT", 20),
          ("cfg", "FLOAT", 8.0), ("sampler_name", "COMBO", SAMPLERS, None), ("scheduler", "COMBO", SCHEDULERS, None),
          ("denoise", "FLOAT", 0.35), ("rounds", "INT", 1), ("attention_strength", "FLOAT", 0.025),
-         ("noise_strength", "FLOAT", 0.0), ("threshold", "FLOAT", 0.5)],
+         ("noise_strength", "FLOAT", 0.0), ("threshold", "FLOAT", 0.5),
+         ("start_from", "COMBO", OPTIONAL), ("grow", "FLOAT", OPTIONAL)],
         [("latent", "LATENT"), ("flaw_map", "MASK"), ("probabilities", "STRING")],
     ),
     "FAMTrainLoRA": (
