@@ -33,7 +33,6 @@ gone on with.
 """
 
 import json
-import math
 import time
 from pathlib import Path
 
@@ -44,13 +43,12 @@ from ..harness.cache import cache_folder
 from .classifier import trained_classifier
 from .data import load_fashion_mnist
 from .distances import Features
-from .flaw_aware_demo import base_highlighter, demo_training, sample_demo, trainable_demo
+from .flaw_aware_demo import BATCH, PEAK_RATE, base_highlighter, demo_training, sample_demo, trainable_demo
 
-STEPS, BATCH, MAP_EVERY, MAP_IMAGES, COUNT = 200, 32, 50, 16, 400
+STEPS, MAP_EVERY, COUNT = 200, 50, 400
 SEEDS = (0, 1, 2)
 ARMS = {"base": (0.0, 0.0), "forward": (0.0, 0.01), "reverse": (0.025, 0.0), "both": (0.025, 0.01)}
 """Attention strength, noise strength."""
-PEAK_RATE, WARMUP = 1e-4, 20
 PUBLISHED = {"base": 8.985, "forward": 8.514, "reverse": 8.450, "both": 8.369}
 SWEEPS = {
     "reverse 0.0025": {"attention_strength": 0.0025, "noise_strength": 0.0},
@@ -63,11 +61,6 @@ SWEEPS = {
     "reverse, map also while sampling": {"attention_strength": 0.025, "noise_strength": 0.0, "patched": True},
 }
 BOOTSTRAPS, NEIGHBOURS = 300, 3
-
-
-def rate(step: int) -> float:
-    """Learning rate: linear warm-up, then half a cosine down to zero."""
-    return PEAK_RATE * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * max(0, step - WARMUP) / (STEPS - WARMUP)))
 
 
 def neighbour_radius(features: torch.Tensor) -> torch.Tensor:
@@ -136,7 +129,7 @@ class Bench:
         if name in self.runs:
             return
         settings, start = self.settings(seed, **more), time.perf_counter()
-        training = demo_training(self.demo_model, self.images, self.labels, self.highlighter, settings, MAP_IMAGES, rate)
+        training = demo_training(self.demo_model, self.images, self.labels, self.highlighter, settings)
         if settings.base_fraction == 0.5:
             path = self.base_phase(seed)
             restore(training, *read_model_file(str(path), path.name, KIND), path.name)
@@ -160,7 +153,7 @@ class Bench:
         path = self.folder / f"base-phase-{seed}.safetensors"
         if not path.exists():
             settings = self.settings(seed, attention_strength=0.0, noise_strength=0.0)
-            training = demo_training(self.demo_model, self.images, self.labels, self.highlighter, settings, MAP_IMAGES, rate)
+            training = demo_training(self.demo_model, self.images, self.labels, self.highlighter, settings)
 
             class Border(Exception):
                 pass

