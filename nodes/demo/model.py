@@ -31,7 +31,7 @@ UNET_CONFIG = {
     "out_channels": 3,
     "model_channels": 32,
     "channel_mult": (1, 2, 4),
-    "num_res_blocks": 1,
+    "num_res_blocks": [1, 1, 1],
     "num_head_channels": 32,
     "use_spatial_transformer": True,
     "use_linear_in_transformer": True,

@@ -193,8 +193,9 @@ def run(pack, output: Path, data: Path | None) -> dict:
         bench = Bench(pack.nodes.demo.model, output, data)
         if "shipped weights" not in bench.runs:
             bench.keep("shipped weights", trainable_demo(bench.demo_model))
-        for seed in SEEDS:
-            for arm, (attention, noise) in ARMS.items():
+        for arms in (("base", "both"), ("reverse", "forward")):  # what matters most first
+            for arm, seed in ((arm, seed) for seed in SEEDS for arm in arms):
+                attention, noise = ARMS[arm]
                 bench.train(f"{arm} {seed}", seed, attention_strength=attention, noise_strength=noise)
         for name, change in SWEEPS.items():
             bench.train(f"{name} 0", 0, **change)
