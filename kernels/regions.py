@@ -28,17 +28,18 @@ def label_regions(mask: torch.Tensor) -> torch.Tensor:
     number_at = torch.zeros_like(flat, dtype=torch.int64).scatter(0, pixels, numbers)
     pairs = []
     for step, has_next in ((1, pixels % width < width - 1), (width, pixels // width % height < height - 1)):
-        first = (has_next & flat[(pixels + step).clamp(max=len(flat) - 1)]).nonzero()[:, 0]
-        pairs.append(torch.stack([first, number_at[pixels[first] + step]]))
+        following = (pixels + step).clamp(max=len(flat) - 1)
+        first = (has_next & flat.gather(0, following)).nonzero()[:, 0]
+        pairs.append(torch.stack([first, number_at.gather(0, following.gather(0, first))]))
     one, other = torch.cat(pairs, dim=1)
     while True:
-        low, high = torch.minimum(numbers[one], numbers[other]), torch.maximum(numbers[one], numbers[other])
-        joined = numbers.scatter_reduce(0, low, high, "amax")
-        joined = joined[joined]
+        here, there = numbers.gather(0, one), numbers.gather(0, other)
+        joined = numbers.scatter_reduce(0, torch.minimum(here, there), torch.maximum(here, there), "amax")
+        joined = joined.gather(0, joined)
         if torch.equal(joined, numbers):
             break
         numbers = joined
-    labels = torch.zeros_like(number_at).scatter(0, pixels, pixels[numbers] % (height * width) + 1)
+    labels = torch.zeros_like(number_at).scatter(0, pixels, pixels.gather(0, numbers) % (height * width) + 1)
     return labels.view(mask.shape)
 
 

@@ -22,20 +22,23 @@ def middle(count: int) -> tuple[int, int]:
     return (count - 1) // 2, count // 2
 
 
-def _partitioned(values: torch.Tensor, valid: torch.Tensor | None, ranks: Ranks) -> torch.Tensor:
-    """Mean of the values at two ranks of each row, (B, N) gives (B,), on the CPU."""
+def _numpy_rows(values: torch.Tensor, valid: torch.Tensor | None) -> list[np.ndarray]:
+    """Of each row of `values` (B, N), on the CPU, the entries that count, float32."""
     rows = values.detach().float().numpy()
-    counts = None if valid is None else valid.numpy()
-    result = []
-    for index, row in enumerate(rows):
-        row = row if counts is None else row[counts[index]]
-        if len(row) == 0:
-            result.append(np.float32(np.nan))
-            continue
-        lower, upper = ranks(len(row))
-        parts = np.partition(row, upper)
-        result.append(parts[upper] if lower == upper else (parts[:upper].max() + parts[upper]) / 2)
-    return torch.from_numpy(np.array(result, dtype=np.float32)).to(values.dtype)
+    return list(rows) if valid is None else [row[counts] for row, counts in zip(rows, valid.numpy())]
+
+
+def _partitioned(row: np.ndarray, ranks: Ranks) -> np.float32:
+    """Mean of the values at two ranks of a row, which it is free to reorder."""
+    if len(row) == 0:
+        return np.float32(np.nan)
+    lower, upper = ranks(len(row))
+    row.partition(upper)
+    return row[upper] if lower == upper else (row[:upper].max() + row[upper]) / 2
+
+
+def _from_numpy(values: list, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.float32)).to(like.dtype)
 
 
 def sample_median(values: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -50,7 +53,7 @@ def sample_median(values: torch.Tensor, valid: torch.Tensor | None = None) -> to
     """
     valid = None if valid is None else valid.expand_as(values)
     if values.device.type in NUMPY_DEVICES:
-        return _partitioned(values, valid, middle)
+        return _from_numpy([_partitioned(row.copy(), middle) for row in _numpy_rows(values, valid)], values)
     if valid is None:
         lower, upper = (values.kthvalue(rank + 1, dim=1).values for rank in middle(values.shape[1]))
         return (upper + lower) / 2
@@ -71,6 +74,11 @@ def median_and_mad(values: torch.Tensor, valid: torch.Tensor | None = None) -> t
     """
     rows = values.flatten(1)
     rows_valid = None if valid is None else valid.expand_as(values).flatten(1)
+    if rows.device.type in NUMPY_DEVICES:  # row by row, so that what is made on the way stays in the cache
+        chosen = _numpy_rows(rows, rows_valid)
+        medians = [_partitioned(row.copy(), middle) for row in chosen]
+        mads = [_partitioned(np.abs(row - median), middle) for row, median in zip(chosen, medians)]
+        return _from_numpy(medians, rows), _from_numpy(mads, rows)
     median = sample_median(rows, rows_valid)
     return median, sample_median((rows - median[:, None]).abs_(), rows_valid)
 
@@ -98,7 +106,10 @@ def sample_quantile(values: torch.Tensor, share: float, valid: torch.Tensor | No
     rows = values.flatten(1)
     rows_valid = None if valid is None else valid.expand_as(values).flatten(1)
     if rows.device.type in NUMPY_DEVICES:
-        return _partitioned(rows, rows_valid, lambda count: (int(share * (count - 1)),) * 2)
+        def rank(count):
+            return (int(share * (count - 1)),) * 2
+
+        return _from_numpy([_partitioned(row.copy(), rank) for row in _numpy_rows(rows, rows_valid)], rows)
     if valid is None:
         return rows.kthvalue(1 + int(share * (rows.shape[1] - 1)), dim=1).values
     ordered = rows.masked_fill(~rows_valid, torch.nan).sort(dim=1).values

@@ -1,0 +1,91 @@
+"""Clocks for benchmarks: cases of one process in turns, medians and spreads; and the peak of memory."""
+
+import statistics
+import time
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DRAWS = 2000
+"""Of the bootstrap that gives a median's interval."""
+
+
+def on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def seconds_of(work) -> float:
+    """How long `work` takes: by the clock on a GPU, which is waited for, else in processor time of this process, which
+    other programs on the machine disturb far less."""
+    clock = time.perf_counter if on_gpu() else time.process_time
+    if on_gpu():
+        torch.cuda.synchronize()
+    start = clock()
+    with torch.inference_mode():
+        work()
+    if on_gpu():
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def median_interval(values: list[float]) -> list[float]:
+    """95 % bootstrap interval of the median."""
+    numbers = torch.tensor(values)
+    chosen = torch.randint(len(numbers), (DRAWS, len(numbers)), generator=torch.Generator().manual_seed(0))
+    medians = numbers[chosen].median(dim=1).values
+    return [round(medians.quantile(q).item(), 4) for q in (0.025, 0.975)]
+
+
+def in_turns(cases: dict, repeats: int, base: str | None = None) -> dict:
+    """Run cases (name -> function of the repeat's number) in turns, forwards and backwards, after one round unmeasured.
+
+    Gives median seconds and, against the case `base` of the same round, the median ratio and its 95 % interval.
+    """
+    seconds = {name: [] for name in cases}
+    for repeat in range(repeats + 1):
+        for name in list(cases) if repeat % 2 else list(cases)[::-1]:
+            spent = seconds_of(lambda: cases[name](repeat))
+            if repeat:
+                seconds[name].append(spent)
+    told = {}
+    for name, values in seconds.items():
+        told[name] = {"seconds": round(statistics.median(values), 5)}
+        if base is not None:
+            ratios = [value / other for value, other in zip(values, seconds[base])]
+            told[name] |= {"ratio": round(statistics.median(ratios), 4), "interval_95": median_interval(ratios)}
+    return told
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside it that are alive at once; `peak` is their largest sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                self.live[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self.live = {at: (ref, size) for at, (ref, size) in self.live.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+def peak_bytes(work) -> int:
+    """Most bytes of tensors at once while `work` runs: by CUDA's own count on a GPU, else of what operations give."""
+    with torch.inference_mode():
+        if on_gpu():
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before
+        with LiveTensors() as tensors:
+            work()
+        return tensors.peak
