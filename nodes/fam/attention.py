@@ -6,6 +6,7 @@ family's attention hook scales the image's tokens there. Nothing is kept from on
 their grids, and these go when the run ends.
 """
 
+import contextlib
 import math
 import uuid
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...kernels.kv_scale import scale_pair, scale_tokens
+from ..compiled import as_written
 from ..latents import FrameLayout, soft_mask_to_frames
 from .blocks import parse_blocks, running_block
 from .calls import Call, Sampled, model_call, pad_of, sampled_latent
@@ -120,7 +122,8 @@ class FlawAttention:
         if isinstance(sampled, Sampled) and self.in_range(transformer_options):
             network = executor.class_obj.diffusion_model
             call = model_call(sampled, self.family, network, x, c_crossattn, transformer_options, kwargs)
-        return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, self.key: call}, **kwargs)
+        with as_written() if call is not None else contextlib.nullcontext():
+            return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, self.key: call}, **kwargs)
 
     def in_range(self, options: dict) -> bool:
         """Whether the run is between start_percent and end_percent."""

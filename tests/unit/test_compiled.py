@@ -1,0 +1,67 @@
+"""Models compiled by core's TorchCompileModel, and the three methods on them."""
+
+import pytest
+import torch
+from artifact_guard.nodes.asced.guard import guard_model
+from artifact_guard.nodes.asced.options import GuardSettings
+from artifact_guard.nodes.fam.attention import AttentionSettings, patch_attention
+from artifact_guard.nodes.tag.guidance import guide_model
+from artifact_guard.nodes.tag.settings import TagSettings
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+from tests.small_models import sample, small_model
+
+
+def half_map(model, left: bool):
+    height, width = (8 * side for side in model.size)
+    mask = torch.zeros(1, height, width)
+    mask[:, :, : width // 2] = 1.0
+    return mask if left else 1 - mask
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A small Flux and its compiled form, which has run once, without any patch, on this very latent.
+
+    Traced and run by torch's own operations: how a graph is turned into machine code does not matter here. As core's
+    node does it, the tracer is told to leave transformer_options alone.
+    """
+    small, original = small_model("flux"), torch.compile
+
+    def traced(model, **settings):
+        def unguarded(entries):
+            return ["transformer_options" not in entry.name for entry in entries]
+
+        return original(model, backend="eager", options={"guard_filter_fn": unguarded})
+
+    model = small.model.clone()
+    torch.compile = traced
+    try:
+        set_torch_compile_wrapper(model, backend="eager")
+    finally:
+        torch.compile = original
+    with torch.inference_mode():
+        assert torch.equal(sample(small, model, cfg=1.0), sample(small, cfg=1.0))
+    return small, model
+
+
+def test_attention_patch_acts_on_a_compiled_model(compiled):
+    """With one map and then another, also where only the second half of the run is patched."""
+    small, model = compiled
+    bare = sample(small, cfg=1.0)
+    for left, settings in ((True, {}), (False, {}), (True, {"start_percent": 0.5})):
+        patch = half_map(small, left), AttentionSettings(0.5, **settings)
+        wanted = sample(small, patch_attention(small.model, *patch), cfg=1.0)
+        assert not torch.equal(wanted, bare)
+        assert torch.equal(sample(small, patch_attention(model, *patch), cfg=1.0), wanted)
+    assert torch.equal(sample(small, model, cfg=1.0), bare), "the patch outlived its run"
+
+
+@pytest.mark.parametrize("method", ["guard", "guidance"])
+def test_guard_and_guidance_act_on_a_compiled_model(compiled, method):
+    small, model = compiled
+
+    def patched(on):
+        return guard_model(on, GuardSettings(sensitivity=10.0))[0] if method == "guard" else guide_model(on, TagSettings())[0]
+
+    assert torch.equal(sample(small, patched(model), cfg=1.0, steps=8), sample(small, patched(small.model), cfg=1.0, steps=8))
