@@ -16,12 +16,13 @@ ROLES = {"fam_lora_images": "fam_lora_images", "fam_lora_without": "fam_lora_wit
          "fam_lora_curves": "curves"}
 """What the workflow saves, and what the sheet calls it."""
 SHOWN = 8
+HELP_PICTURE = ROOT / "web" / "docs" / "images" / "fam_lora.jpg"
 
 
 def run_fam_lora_demo(environment: Environment, output_dir: Path, update_docs: bool = False) -> int:
     """Runs the template; 0 when every picture is there. Pictures go to a new numbered folder in `output_dir`.
 
-    `update_docs` also renews the picture of the workflow's template entry.
+    `update_docs` also renews the picture of the workflow's template entry and of the help page.
     """
     folder = new_folder(output_dir)
     try:
@@ -36,7 +37,7 @@ def run_fam_lora_demo(environment: Environment, output_dir: Path, update_docs: b
         return 1
     files = [path for role, name in ROLES.items() for path in write(folder, name, made[role])]
     print("\nWhat the training told:", *(line.partition("Artifact Guard:")[2].strip() for line in told), sep="\n  ")
-    sheets = [folder / "sheet.jpg", *([WORKFLOW.with_suffix(".jpg")] if update_docs else ())]
+    sheets = [folder / "sheet.jpg", *([WORKFLOW.with_suffix(".jpg"), HELP_PICTURE] if update_docs else ())]
     subprocess.run([environment.python, CONTACT_SHEET, folder, *sheets], check=True)
     print("\nPictures:", *files, *sheets, sep="\n  ")
     return 0 if all(path.is_file() for path in [*files, *sheets]) and len(made["fam_lora_with"]) == SHOWN else 1

@@ -5,6 +5,7 @@ import comfy.samplers
 import pytest
 import torch
 from artifact_guard.nodes.demo.model import class_token, load_demo_model
+from artifact_guard.nodes.fam.attention import AttentionSettings, patch_attention
 from artifact_guard.nodes.fam.checkpointing import KeepWhatWasSaved, checkpointed
 from artifact_guard.nodes.fam.flaw_aware import Watcher
 from artifact_guard.nodes.fam.lora_adapters import LoRAWeights, training_copy
@@ -224,6 +225,20 @@ def test_checkpointing_changes_no_gradient(family):
         assert (value - found[1][name]).norm() <= 1e-4 * (value.norm() + 1e-2 * largest), name
     training.progress.flaw_map = None
     assert not equal(gradients(training), found[1]), "the map acts on the gradient"
+
+
+def test_a_users_patch_on_some_blocks_stays_on_these_when_they_are_computed_again():
+    """The options tell which block is running; by the time of the way back the last one has written its name there."""
+    small = small_model("sdxl")
+    patched = patch_attention(small.model, torch.ones(1, 16, 16), AttentionSettings(0.5, blocks="middle"))
+    found = []
+    for on in (False, True):
+        training, _ = start(small, settings(base_fraction=1.0, gradient_checkpointing=on), patched)
+        found.append(gradients(training))
+    for name, value in found[0].items():
+        if "middle_block.1" in name and value.norm() > 1e-3:
+            assert torch.allclose(value, found[1][name], rtol=1e-3, atol=1e-5), name
+    assert any("middle_block.1" in name and value.norm() > 1e-3 for name, value in found[0].items())
 
 
 def test_what_is_written_in_place_does_not_reach_what_was_saved():
