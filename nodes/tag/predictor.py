@@ -11,20 +11,42 @@ import comfy.ops
 
 from .levels import CLASSES
 
-WIDTHS = (32, 64, 128, 256)
-"""Channels of the four blocks, as published."""
+SCALES = 3
+"""Resolutions at which energies are taken: the sample's own, half and a quarter of it."""
 
+FILTERS = 9
+"""Of each channel and scale: the discrete cosine transform of 3x3 positions."""
+
+WIDTHS = (32, 64)
+"""Channels of the two convolutions that see what is in the picture, at half the resolution."""
+
+HIDDEN = 256
 CONDITION_WIDTH = 64
+
+LEAST_ENERGY = 1e-5
+"""Added to energies before their logarithm: a hundredth of the noise at the cleanest level of common schedules."""
+
+REACH = 6.0
+"""Half the span of the classes in the units of the centre that the network names: its output is then of size 1."""
 
 ops = comfy.ops.disable_weight_init
 
 
 class TimeNetwork(torch.nn.Module):
-    """Four blocks (3x3 convolution, ReLU, 2x2 average pool), the mean over positions, a linear layer to the classes.
+    """Energies of fixed filters, two convolutions, two linear layers, and a bell over the classes.
 
-    The paper flattens before the linear layer, which fixes the image's size; the mean does not. The mean of a condition
-    over its tokens, embedded, joins before the linear layer; zeros stand for no condition. All in fp32, whatever the
-    model computes in.
+    Noise shows in energies: of each filter of a cosine transform of 3x3 positions and of the channels, at three scales,
+    half the logarithm of the mean square over positions. Two learned convolutions with ReLU see the picture at half the
+    resolution: their means and energies tell how much of it is signal. All are means over positions, so that any size
+    fits. Out of them a linear map and two hidden layers make centre and width of a bell over the classes, and a free
+    term for each class. The bell is normal near its centre and falls exponentially far from it: a normal one's
+    gradients grow with the distance, and with them it learned half as fast.
+
+    The paper has four plain blocks of convolution, ReLU and pooling, flattened. It learns slower and less: figures in
+    web/docs/TAGTrainTimePredictor.md.
+
+    The mean of a condition over its tokens, embedded, joins before the hidden layers; zeros stand for no condition. All in fp32,
+    whatever the model computes in.
 
     Args:
         channels: of the latent, any number.
@@ -35,50 +57,101 @@ class TimeNetwork(torch.nn.Module):
     def __init__(self, channels: int, classes: int = CLASSES, condition_dim: int = 0):
         super().__init__()
         self.channels, self.classes, self.condition_dim = channels, classes, condition_dim
+        shape, like = weight_shapes(channels, classes, condition_dim), {"dtype": torch.float32}
         self.blocks = torch.nn.ModuleList(
-            ops.Conv2d(before, after, 3, padding=1, dtype=torch.float32)
-            for before, after in zip((channels, *WIDTHS), WIDTHS)
+            ops.Conv2d(before, after, 3, padding=1, **like) for before, after in zip((channels, *WIDTHS), WIDTHS)
         )
-        embedded = CONDITION_WIDTH if condition_dim else 0
-        self.embed = ops.Linear(condition_dim, embedded, dtype=torch.float32) if condition_dim else None
-        self.head = ops.Linear(WIDTHS[-1] + embedded, classes, dtype=torch.float32)
+        self.embed = ops.Linear(condition_dim, CONDITION_WIDTH, **like) if condition_dim else None
+        features = shape["first.weight"][1]
+        self.first = ops.Linear(features, HIDDEN, **like)
+        self.second = ops.Linear(HIDDEN, HIDDEN, **like)
+        self.direct = ops.Linear(features, 1, **like)
+        self.bell = ops.Linear(HIDDEN, 2, **like)
+        self.head = ops.Linear(HIDDEN, classes, **like)
+        self.register_buffer("mixing", cosine_transform(channels).reshape(channels, channels, 1, 1), persistent=False)
+        self.register_buffer("filters", cosine_filters().repeat(channels, 1, 1, 1), persistent=False)
+        self.register_buffer("positions", REACH * torch.linspace(-1, 1, classes), persistent=False)
 
     def forward(self, u: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, classes) of u (B, C, H, W), and of condition means (B or 1, condition_dim) if there are any."""
-        x = u.float()
-        for block in self.blocks:
-            x = F.avg_pool2d(F.relu(block(x)), 2, ceil_mode=True)
-        x = x.mean(dim=(2, 3))
+        u = u.float()
+        x = torch.cat([*self.energies(u), *self.picture(u)], dim=1)
         if self.embed is not None:
             embedded = x.new_zeros(len(x), CONDITION_WIDTH)
             if condition is not None:
                 known = (condition != 0).any(dim=1, keepdim=True)
                 embedded = (F.relu(self.embed(condition.float())) * known).expand(len(x), -1)
             x = torch.cat([x, embedded], dim=1)
-        return self.head(x)
+        hidden = F.silu(self.second(F.silu(self.first(x))))
+        centre, width = self.bell(hidden).split(1, dim=1)
+        centre = REACH / 2 * (centre + self.direct(x))
+        distance = (self.positions - centre) * torch.exp(-width.clamp(-REACH, REACH))
+        return self.head(hidden) - ((1 + distance.square()).sqrt() - 1)
+
+    def energies(self, u: torch.Tensor) -> list[torch.Tensor]:
+        """Of each scale (B, 9 C); pure noise of variance 1 gives the same at every scale."""
+        x, told = F.conv2d(u, self.mixing), []
+        for scale in range(SCALES):
+            if scale:
+                x = 2 * F.avg_pool2d(x, 2, ceil_mode=True)
+            height, width = x.shape[-2:]
+            x = F.pad(x, (0, max(0, 3 - width), 0, max(0, 3 - height)), mode="replicate")
+            told.append(log_energy(F.conv2d(x, self.filters, groups=self.channels)) + 1.5)
+        return told
+
+    def picture(self, u: torch.Tensor) -> list[torch.Tensor]:
+        """Of each convolution its energies and the means after ReLU, (B, width) each."""
+        x, told = u, []
+        for block in self.blocks:
+            seen = block(F.avg_pool2d(x, 2, ceil_mode=True))
+            x = F.relu(seen)
+            told += [log_energy(seen) + 1.0, x.mean(dim=(2, 3))]
+        return told
+
+
+def log_energy(x: torch.Tensor) -> torch.Tensor:
+    """Half the logarithm of the mean square over positions, (B, C) of (B, C, H, W)."""
+    return 0.5 * torch.log(x.square().mean(dim=(2, 3)) + LEAST_ENERGY)
+
+
+def cosine_transform(size: int) -> torch.Tensor:
+    """The orthonormal discrete cosine transform (DCT-II), (size, size), from the mean to the finest."""
+    k = torch.arange(size).float()
+    rows = torch.cos(math.pi * (k + 0.5) * k[:, None] / size)
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def cosine_filters() -> torch.Tensor:
+    """The FILTERS filters, (FILTERS, 1, 3, 3), each of norm 1."""
+    rows = cosine_transform(3)
+    return torch.einsum("ik,jl->ijkl", rows, rows).reshape(FILTERS, 1, 3, 3)
 
 
 def weight_shapes(channels: int, classes: int, condition_dim: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of such a network."""
     widths = (channels, *WIDTHS)
-    shapes = {f"blocks.{i}.weight": (widths[i + 1], widths[i], 3, 3) for i in range(len(WIDTHS))}
-    shapes |= {f"blocks.{i}.bias": (width,) for i, width in enumerate(WIDTHS)}
-    if condition_dim:
-        shapes |= {"embed.weight": (CONDITION_WIDTH, condition_dim), "embed.bias": (CONDITION_WIDTH,)}
-    joined = WIDTHS[-1] + (CONDITION_WIDTH if condition_dim else 0)
-    return shapes | {"head.weight": (classes, joined), "head.bias": (classes,)}
+    features = FILTERS * channels * SCALES + 2 * sum(WIDTHS) + (CONDITION_WIDTH if condition_dim else 0)
+    layers = {"first": (HIDDEN, features), "second": (HIDDEN, HIDDEN), "direct": (1, features), "bell": (2, HIDDEN)}
+    layers |= {"head": (classes, HIDDEN)} | ({"embed": (CONDITION_WIDTH, condition_dim)} if condition_dim else {})
+    layers |= {f"blocks.{i}": (widths[i + 1], widths[i], 3, 3) for i in range(len(WIDTHS))}
+    shapes = {}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
 
 
 def initial_weights(channels: int, classes: int, condition_dim: int, seed: int) -> dict[str, torch.Tensor]:
-    """Weights to begin training with, normal with variance 2 / (fan in) as suits ReLU (He et al. 2015); biases 0.
-    ComfyUI's layers come without any.
+    """Weights to begin training with: normal with variance 2 / (fan in) as suits ReLU (He et al. 2015), biases 0.
+
+    What names the level begins at 0. ComfyUI's layers come without values.
     """
     random = torch.Generator().manual_seed(seed % 2**63)
-    return {
+    weights = {
         name: torch.randn(shape, generator=random) * math.sqrt(2.0 / math.prod(shape[1:])) if len(shape) > 1
         else torch.zeros(shape)
         for name, shape in weight_shapes(channels, classes, condition_dim).items()
     }
+    return weights | {name: torch.zeros_like(weights[name]) for name in ("direct.weight", "bell.weight", "head.weight")}
 
 
 def build_network(weights: dict[str, torch.Tensor], channels: int, classes: int, condition_dim: int) -> TimeNetwork:

@@ -14,7 +14,8 @@ KIND = "time predictor"
 SHIPPED = Path(__file__).with_name("predictors")
 """Predictors that come with the pack; listed beside the user's own."""
 
-VERSION = 1
+VERSION = 2
+"""1 had another network, of plain convolutions."""
 
 PARTS = ("network", "weights", "first", "second")
 """Prefixes of the tensors: the averaged weights, and what going on with training needs (TrainingState's names)."""
@@ -51,8 +52,11 @@ def load_predictor(name: str) -> TimePredictor:
     """
     check_name(name, "name")
     tensors, about = load_model_file(FOLDER, name, KIND)
-    if about.get("version") != VERSION:
-        raise ValueError(f"{name} is of version {about.get('version')}, this pack reads {VERSION}. Update the pack.")
+    version = about.get("version")
+    if version != VERSION:
+        older = isinstance(version, int) and version < VERSION
+        advice = "Its network is no longer used: train and save a new one." if older else "Update the pack."
+        raise ValueError(f"{name} is of version {version}, this pack reads {VERSION}. {advice}")
     try:
         return from_state(tensors, about)
     except (KeyError, TypeError, ValueError, IndexError) as error:

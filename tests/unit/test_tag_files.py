@@ -117,13 +117,17 @@ def test_incomplete_contents(change, message):
 def test_shipped_predictor_is_listed_and_fits_the_demo_model():
     assert SHIPPED in predictor_names()
     predictor = load_predictor(SHIPPED)
-    assert predictor.condition_dim == 16 and predictor.steps == 3000 and predictor.training is None
+    assert predictor.condition_dim == 16 and predictor.steps == 6000 and predictor.training is None
     check_predictor(predictor, load_demo_model()[0])
     assert Path(folder_paths.get_full_path(FOLDER, SHIPPED)).stat().st_size < 1.2e6
 
 
-def test_a_version_from_the_future_is_refused(folder, monkeypatch):
+@pytest.mark.parametrize("reads, message", [
+    (1, "is of version 2, this pack reads 1. Update the pack"),
+    (3, "is of version 2, this pack reads 3. Its network is no longer used: train and save a new one"),
+])
+def test_another_version_is_refused(folder, monkeypatch, reads, message):
     path = saved(folder)
-    monkeypatch.setattr("artifact_guard.nodes.tag.predictor_files.VERSION", 0)
-    with pytest.raises(ValueError, match="is of version 1, this pack reads 0. Update the pack"):
+    monkeypatch.setattr("artifact_guard.nodes.tag.predictor_files.VERSION", reads)
+    with pytest.raises(ValueError, match=message):
         load_predictor(path.name)

@@ -7,10 +7,9 @@ import torch
 from artifact_guard.nodes.tag import train_node
 from artifact_guard.nodes.tag.compatibility import kind_of
 from artifact_guard.nodes.tag.levels import Schedule
-from artifact_guard.nodes.tag.predictor import TimeNetwork, build_network, initial_weights
+from artifact_guard.nodes.tag.predictor import TimeNetwork, build_network, cosine_filters, initial_weights
 from artifact_guard.nodes.tag.schema import TAGTrainTimePredictor
-from artifact_guard.nodes.tag.training import TrainingData, held_out_time_gap, noised
-from tests.bench.train_time_predictor import RATES
+from artifact_guard.nodes.tag.training import TrainingData, held_out_time_gap, noised, shared_between_classes
 
 from tests.exact.denoiser import ExactDenoiser
 from tests.exact.model import conditioning, exact_model
@@ -31,7 +30,7 @@ def equal(one, other):
 
 
 def train_node_run(patcher=None, latents=None, **settings):
-    widgets = {"steps": 3, "batch_size": 8, "learning_rate": 1e-3, "seed": 0} | settings
+    widgets = {"steps": 3, "batch_size": 8, "learning_rate": 1e-4, "seed": 0} | settings
     with torch.inference_mode():
         return TAGTrainTimePredictor.execute(
             patcher or model(), {"samples": images()} if latents is None else latents, **widgets).result
@@ -46,14 +45,23 @@ def test_network_takes_any_size_and_channels(shape):
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_published_size():
-    """Pooled before the linear layer it has 0.45 M parameters at 256 classes, for every image size."""
-    network = TimeNetwork(3)
-    assert sum(parameter.numel() for parameter in network.parameters()) == 454_208
+def test_network_is_small():
+    """As the help page says, whatever the image's size."""
+    assert sum(parameter.numel() for parameter in TimeNetwork(3).parameters()) == 221_908
+
+
+def test_filters_are_orthonormal_and_noise_is_the_same_at_every_scale():
+    filters = cosine_filters().flatten(1)
+    assert torch.allclose(filters @ filters.T, torch.eye(9), atol=1e-6)
+    noise = torch.randn(4, 4, 128, 128, generator=torch.Generator().manual_seed(0))
+    energies = torch.stack(build_network(initial_weights(4, 8, 0, 0), 4, 8, 0).energies(noise))
+    assert energies.shape == (3, 4, 36) and (energies.mean(dim=(1, 2)) - 1.5).abs().max() < 0.01
 
 
 def test_a_condition_changes_the_answer_and_none_is_none():
-    network = build_network(initial_weights(3, 16, 5, seed=1), 3, 16, 5)
+    weights = initial_weights(3, 16, 5, seed=1)
+    weights["head.weight"] = torch.randn(16, 256, generator=torch.Generator().manual_seed(2))
+    network = build_network(weights, 3, 16, 5)
     u = torch.randn(2, 3, 16, 16)
     none = network(u)
     assert torch.equal(none, network(u, torch.zeros(1, 5)))
@@ -61,14 +69,15 @@ def test_a_condition_changes_the_answer_and_none_is_none():
 
 
 def test_training_learns_levels():
-    """Some steps bring the loss under chance, ln 256 = 5.55, and the held-out gap under a guess's 250 and more."""
+    """150 small steps bring the loss from chance, ln 256 = 5.55 and more, to near what noise allows, and the held-out
+    gap far under a guess's 250."""
     bare = model()
-    work = trainer(fresh_predictor(bare), rate=1e-3, batch=32)
+    work = trainer(fresh_predictor(bare), rate=2e-4, batch=32)
     losses = steps(work, 150)
-    assert losses[0] == pytest.approx(5.545, abs=0.1) and sum(losses[-20:]) / 20 < 5.2
+    assert losses[0] > 5.5 and sum(losses[-20:]) / 20 < 4.6
     predictor = work.result()
     schedule = Schedule.of(bare.get_model_object("model_sampling"))
-    assert held_out_time_gap(predictor.network, predictor.levels, TrainingData(images()), schedule) < 220
+    assert held_out_time_gap(predictor.network, predictor.levels, TrainingData(images()), schedule) < 100
 
 
 def test_held_out_gap_of_a_perfect_judge_is_its_grid():
@@ -84,11 +93,17 @@ def test_held_out_gap_of_a_perfect_judge_is_its_grid():
 
 def test_noised_frames_lie_at_their_class():
     levels = torch.linspace(-4, 6, 11)
-    u, labels = noised(torch.zeros(2000, 1, 4, 4), levels, torch.Generator().manual_seed(0))
+    u, position = noised(torch.zeros(2000, 1, 4, 4), levels, torch.Generator().manual_seed(0))
+    labels = position.round().long()
     assert labels.min() == 0 and labels.max() == 10
     for label in (2, 5, 8):
         variance = u[labels == label].var().item()
         assert variance == pytest.approx(torch.sigmoid(-levels[label]).item(), rel=0.15)
+
+
+def test_targets_are_shared_by_the_two_nearest_classes():
+    shares = shared_between_classes(torch.tensor([0.0, 1.25, 3.0]), 4)
+    assert torch.allclose(shares, torch.tensor([[1, 0, 0, 0], [0, 0.75, 0.25, 0], [0, 0, 0, 1.0]]))
 
 
 def test_interrupted_and_gone_on_with_equals_uninterrupted():
@@ -115,8 +130,8 @@ def test_going_on_leaves_the_predictor_it_began_with():
 
 
 def test_average_follows_the_weights():
-    work = trainer(fresh_predictor(model()), rate=0.1)
-    steps(work, 3)
+    work = trainer(fresh_predictor(model()))
+    steps(work, 12)
     predictor = work.result()
     assert not equal(weights(predictor), predictor.training.weights)
 
@@ -220,7 +235,3 @@ def test_shift_of_a_flow_model_is_no_other_schedule():
     guide(model("flow", sampling_settings={"shift": 1.6}), predictor)
     with pytest.raises(ValueError, match="noise schedule"):
         guide(model("flow", sampling_settings={"shift": 8.0}), predictor)
-
-
-def test_shares_of_the_shipped_predictors_rates_are_whole():
-    assert sum(share for share, _ in RATES) == pytest.approx(1.0)
