@@ -89,7 +89,7 @@ class GuidedRun:
         if denoise_mask is not None:
             weight = (denoise_mask.to(device) > 0).float()
         if predictor is None:
-            self.steering = Steering(settings, EnergyEstimator(weight))
+            self.steering = Steering(settings, EnergyEstimator(weight, float(self.process.levels[0])))
         else:
             judge = Judge(predictor, device, self.layout, guider)
             self.steering = Steering(settings, NetworkEstimator(judge, judge.levels), judge.gradient)

@@ -48,7 +48,9 @@ def mean_square(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Te
     return (squares.flatten(1) * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
 
 
-def energy_posterior(u: torch.Tensor, anchor: torch.Tensor, weight: torch.Tensor | None = None) -> Posterior:
+def energy_posterior(
+    u: torch.Tensor, anchor: torch.Tensor, weight: torch.Tensor | None = None, noisiest: float = LOG_SNR_RANGE[0]
+) -> Posterior:
     """p(level | u) if u is alpha * anchor + noise: from the energy that remains when the anchor is taken away.
 
     With n dimensions, log p(u | level) = -n/2 (ln v + |u - alpha * anchor|^2 / (n v)) + const, every level equally
@@ -57,6 +59,7 @@ def energy_posterior(u: torch.Tensor, anchor: torch.Tensor, weight: torch.Tensor
 
     Args:
         anchor: (B, ...), a clean estimate. weight: which positions count, as in mean_square.
+        noisiest: the lowest log-SNR that a sample can have.
     """
     of_u, of_anchor = mean_square(u, weight), mean_square(anchor, weight)
     across = (mean_square(u + anchor, weight) - mean_square(u - anchor, weight)) / 4
@@ -67,11 +70,11 @@ def energy_posterior(u: torch.Tensor, anchor: torch.Tensor, weight: torch.Tensor
         energy = of_u[:, None] - 2 * alpha * across[:, None] + alpha.square() * of_anchor[:, None]
         return (-0.5 * n * (v.log() + energy.clamp_min(0.0) / v)).nan_to_num(-1e30)
 
-    coarse = torch.linspace(*LOG_SNR_RANGE, COARSE, device=u.device).expand(len(u), -1)
+    coarse = torch.linspace(noisiest, LOG_SNR_RANGE[1], COARSE, device=u.device).expand(len(u), -1)
     centre = coarse.gather(1, log_likelihood(coarse).argmax(dim=1, keepdim=True))
     spread = (2.0 / max(n, 1.0)) ** 0.5 / alpha_and_variance(centre)[0].square()
     half = torch.clamp(4.0 * spread, min=2.0 * float(coarse[0, 1] - coarse[0, 0]))
-    levels = (centre + half * torch.linspace(-1.0, 1.0, NODES, device=u.device)).clamp(*LOG_SNR_RANGE)
+    levels = (centre + half * torch.linspace(-1.0, 1.0, NODES, device=u.device)).clamp(noisiest, LOG_SNR_RANGE[1])
     return Posterior(levels, log_likelihood(levels).softmax(dim=1))
 
 
@@ -88,21 +91,26 @@ class EnergyEstimator:
     late in a run a network takes surplus noise for detail. And the one of the step before: a sampler makes each sample
     from it, so whatever was added on the way shows, at any noise level; it asks nothing of the model and is known
     before the model is asked. The larger of both counts.
+
+    Args:
+        weight: which positions count, as in mean_square.
+        noisiest: the lowest log-SNR of the model's schedule. Nothing has more noise than pure noise: chance in it, at the
+            first step of a run, is no surplus.
     """
 
-    def __init__(self, weight: torch.Tensor | None = None):
-        self.weight = weight
+    def __init__(self, weight: torch.Tensor | None = None, noisiest: float = LOG_SNR_RANGE[0]):
+        self.weight, self.noisiest = weight, noisiest
         self.previous: torch.Tensor | None = None
 
     def before(self, u: torch.Tensor, level: torch.Tensor) -> Posterior | None:
         """The posterior known before the model is asked; None at the first step."""
         if self.previous is None or self.previous.shape != u.shape:
             return None
-        return energy_posterior(u, self.previous, self.weight)
+        return energy_posterior(u, self.previous, self.weight, self.noisiest)
 
     def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Posterior:
         """The posterior with the model's estimate at this step, (B, ...), taken into account."""
-        now, before = energy_posterior(u, denoised, self.weight), self.before(u, level)
+        now, before = energy_posterior(u, denoised, self.weight, self.noisiest), self.before(u, level)
         return now if before is None else noisier_of(before, now)
 
     def keep(self, denoised: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ MODEL_TYPES = {
     "eps": comfy.model_base.ModelType.EPS,
     "v": comfy.model_base.ModelType.V_PREDICTION,
     "flow": comfy.model_base.ModelType.FLOW,
+    "edm": comfy.model_base.ModelType.EDM,
 }
 
 
@@ -88,7 +89,8 @@ class ExactModel(comfy.model_base.BaseModel):
 def exact_model(images, parameterization="eps", kernel_width=0.05, traps=(), labels=None, sampling_settings=None):
     """A ModelPatcher around the exact denoiser of `images`.
 
-    parameterization: eps, v (both x = x0 + sigma*eps on SD's noise schedule) or flow (x = (1 - sigma)*x0 + sigma*eps).
+    parameterization: eps, v (both x = x0 + sigma*eps on SD's noise schedule), edm (the same on EDM's) or flow
+    (x = (1 - sigma)*x0 + sigma*eps).
     labels: (N,) integers that `conditioning(label)` selects by. sampling_settings: ComfyUI's, e.g. {"shift": 3.0}.
     traps: see traps.py.
     """

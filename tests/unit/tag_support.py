@@ -17,7 +17,7 @@ from tests.exact.images import shape_images
 from tests.exact.model import conditioning, exact_model
 
 CPU = torch.device("cpu")
-KINDS = ("eps", "v", "flow")
+KINDS = ("eps", "v", "edm", "flow")
 SIZE = 16
 
 
@@ -35,7 +35,7 @@ def fresh_predictor(patcher, condition_dim=0, seed=0, size=SIZE):
     return new_predictor(kind_of(patcher), schedule, (size, size), condition_dim, seed)
 
 
-def trainer(predictor, frames=None, conditions=None, steps=4, rate=1e-3, batch=8, seed=0):
+def trainer(predictor, frames=None, conditions=None, steps=4, rate=1e-4, batch=8, seed=0):
     data = TrainingData(images() if frames is None else frames, conditions)
     return Trainer(predictor, data, TrainingSettings(steps, batch, rate, seed), CPU)
 

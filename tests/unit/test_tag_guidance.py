@@ -48,6 +48,15 @@ def test_aligned_runs_stay_and_noisy_runs_do_not(kind):
     assert rough > 3 * calm
 
 
+@pytest.mark.parametrize("kind", (*KINDS, "demo"))
+def test_one_step_from_pure_noise_is_left_alone(kind):
+    """Whatever chance made of the noise: nothing has more noise than pure noise. 32 samples, not a bit."""
+    bare = load_demo_model()[0] if kind == "demo" else model(kind)
+    token = [[torch.zeros(1, 1, 16), {}]]
+    options = {"steps": 1, "shape": (32, 3, SIZE, SIZE), "positive": token, "negative": token}
+    assert torch.equal(run(guide(bare)[0], **options), run(bare, **options))
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_noisy_runs_of_a_trained_network_come_back(trained):
     """The demo model with noise at each step. The outermost pixels of its images are always black, so that what is

@@ -196,7 +196,7 @@ def test_process_reads_the_model(kind):
 def test_times_are_thousandths_of_the_schedule(kind):
     sampling = model(kind).get_model_object("model_sampling")
     schedule = Schedule.of(sampling)
-    for time in (100, 333, 500, 900):
+    for time in (150, 333, 500, 900):  # below 110 of EDM's lies what LOG_SNR_RANGE leaves out
         sigma = torch.tensor([float(sampling.percent_to_sigma(1 - time / 1000))], dtype=torch.float64)
         assert schedule.time(log_snr(*coefficients(sampling, sigma))).item() == pytest.approx(time, abs=0.6)
     grid = schedule.grid()
