@@ -61,6 +61,7 @@ SWEEPS = {
     "reverse, map also while sampling": {"attention_strength": 0.025, "noise_strength": 0.0, "patched": True},
 }
 BOOTSTRAPS, NEIGHBOURS = 300, 3
+MEANS = ("FD", "precision", "recall", "judged_generated")
 
 
 def neighbour_radius(features: torch.Tensor) -> torch.Tensor:
@@ -202,7 +203,7 @@ def run(pack, output: Path, data: Path | None) -> dict:
     rows = {}
     for arm in ARMS:
         of_seeds = [bench.runs[f"{arm} {seed}"] for seed in SEEDS]
-        rows[arm] = {key: sum(row[key] for row in of_seeds) / len(of_seeds) for key in ("FD", "precision", "recall", "judged_generated")}
+        rows[arm] = {key: sum(row[key] for row in of_seeds) / len(of_seeds) for key in MEANS}
         rows[arm]["published"] = PUBLISHED[arm]
         if arm != "base":
             rows[arm] |= bench.ratio(arm) | {"published_ratio": PUBLISHED[arm] / PUBLISHED["base"]}

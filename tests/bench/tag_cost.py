@@ -1,7 +1,8 @@
-"""P4: what guidance costs, beside core's PerturbedAttentionGuidance: runs interleaved, medians of pairs.
+"""P4: what guidance costs, beside core's PerturbedAttentionGuidance and SelfAttentionGuidance: runs interleaved, medians of pairs.
 
-Without a GPU the demo model on the CPU; with one also a UNet of Stable Diffusion 1.5's size with random weights in
-fp16 at 512x512. Training to the time gap of P7 is timed by `dev.py train-time-predictor`.
+The demo model, and a UNet of Stable Diffusion 1.5's size with random weights in fp16 at 512x512. Without a GPU that one is
+narrower, smaller and in fp32, which says so, and its ratios are not P4's. `dev.py bench tag_cost` runs it alone. Training
+to the time gap of P7 is timed by `dev.py train-time-predictor`.
 """
 
 import statistics
@@ -12,32 +13,34 @@ import comfy.sample
 import comfy.samplers
 import torch
 
-from .tag_runs import PREDICTOR, guided
+from .tag_runs import guided
 
 STEPS, REPEATS, BATCH = 25, 5, 4
+CFG = 4.0
+"""For the second table: SelfAttentionGuidance works with classifier-free guidance only."""
 
 
-def sd15_sized(demo_model):
-    """(model, latent shape, context): ComfyUI's own SD 1.5 UNet with random fp16 weights."""
+def sd15_sized(width: int, side: int, dtype: torch.dtype):
+    """(model, latent shape, context): ComfyUI's own SD 1.5 UNet with random weights; `width` is 320 in the real one."""
     from comfy.supported_models import SD15
 
     config = SD15(SD15.unet_config | {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "num_res_blocks": [2, 2, 2, 2],
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": width, "num_res_blocks": [2, 2, 2, 2],
         "channel_mult": (1, 2, 4, 4), "num_heads": 8, "num_head_channels": -1,
         "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_output": [1] * 9 + [0] * 3,
         "transformer_depth_middle": 1, "use_spatial_transformer": True, "legacy": False,
     })
-    config.set_inference_dtype(torch.float16, None)
+    config.set_inference_dtype(dtype, None)
     device = comfy.model_management.get_torch_device()
     model = config.get_model({}, device=device)
     random = torch.Generator(device).manual_seed(0)
     for parameter in model.diffusion_model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=random, device=device, dtype=torch.float16) * 0.02
+        parameter.data = torch.randn(parameter.shape, generator=random, device=device, dtype=dtype) * 0.02
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
-    return patcher, (1, 4, 64, 64), torch.zeros(1, 77, 768)
+    return patcher, (1, 4, side, side), torch.zeros(1, 77, 768)
 
 
-def timed(model, shape, context) -> float:
+def timed(model, shape, context, cfg: float) -> float:
     """Seconds of one run."""
     latent = torch.zeros(shape)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
@@ -47,22 +50,22 @@ def timed(model, shape, context) -> float:
             torch.cuda.synchronize()
         start = time.perf_counter()
         comfy.sample.sample_custom(
-            model, comfy.sample.prepare_noise(latent, 0), 1.0, comfy.samplers.sampler_object("euler"), sigmas,
+            model, comfy.sample.prepare_noise(latent, 0), cfg, comfy.samplers.sampler_object("euler"), sigmas,
             [[context, {}]], [[context, {}]], latent, disable_pbar=True, seed=0)
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
 
-def measure(cases: dict, shape, context) -> dict:
+def measure(cases: dict, shape, context, cfg: float = 1.0) -> dict:
     """Median ratio to `off`, pair by pair, with the smallest and the largest."""
     for model in cases.values():
-        timed(model, shape, context)
+        timed(model, shape, context, cfg)
     seconds = {name: [] for name in cases}
     for repeat in range(REPEATS):
         order = list(cases) if repeat % 2 == 0 else list(cases)[::-1]
         for name in order:
-            seconds[name].append(timed(cases[name], shape, context))
+            seconds[name].append(timed(cases[name], shape, context, cfg))
     told = {}
     for name, values in seconds.items():
         ratios = sorted(value / bare for value, bare in zip(values, seconds["off"]))
@@ -71,27 +74,45 @@ def measure(cases: dict, shape, context) -> dict:
     return told
 
 
-def run(pack, output, data) -> dict:
+def untrained(model, size: tuple[int, int]):
+    """A predictor for this model: training does not change what it costs."""
+    from artifact_guard.nodes.tag.compatibility import kind_of
+    from artifact_guard.nodes.tag.levels import Schedule
+    from artifact_guard.nodes.tag.training import new_predictor
+
+    return new_predictor(kind_of(model), Schedule.of(model.get_model_object("model_sampling")), size, 0, 0)
+
+
+def guided_cases(model, size: tuple[int, int]) -> dict:
+    predictor = untrained(model, size)
+    gradient = {"mode": "score", "strength": 1.0, "estimate": "published gradient"}
+    return {
+        "off": model,
+        "training-free (default)": guided(model, ())[0],
+        "measured only": guided(model, (), strength=0.0)[0],
+        "predictor": guided(model, (), predictor)[0],
+        "predictor, published gradient": guided(model, (), predictor, **gradient)[0],
+    }
+
+
+def compared(model, shape, context) -> dict:
+    """Both tables of one model: without classifier-free guidance, and with it."""
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+    from comfy_extras.nodes_sag import SelfAttentionGuidance
 
+    cases = guided_cases(model, tuple(shape[-2:]))
+    others = {"core's PerturbedAttentionGuidance": PerturbedAttentionGuidance.execute(model, 3.0)[0]}
+    sag = {"core's SelfAttentionGuidance": SelfAttentionGuidance.execute(model, 0.5, 2.0)[0]}
+    short = {name: cases[name] for name in ("off", "training-free (default)", "predictor")}
+    return {"CFG 1": measure(cases | others, shape, context), f"CFG {CFG:g}": measure(short | others | sag, shape, context, CFG)}
+
+
+def run(pack, output, data) -> dict:
     demo, _ = pack.nodes.demo.model.load_demo_model()
-    token = pack.nodes.demo.model.class_token(0)
-
-    def cases(model, predictors: bool) -> dict:
-        made = {
-            "off": model,
-            "training-free (default)": guided(model, ())[0],
-            "measured only": guided(model, (), strength=0.0)[0],
-            "core's PerturbedAttentionGuidance": PerturbedAttentionGuidance.execute(model, 3.0)[0],
-        }
-        if predictors:
-            score = {"mode": "score", "strength": 1.0, "estimate": "published gradient"}
-            made["predictor"] = guided(model, (), PREDICTOR)[0]
-            made["predictor, published gradient"] = guided(model, (), PREDICTOR, **score)[0]
-        return made
-
-    figures = {"demo model": measure(cases(demo, True), (BATCH, 3, 32, 32), token)}
+    figures = {"demo model": compared(demo, (BATCH, 3, 32, 32), pack.nodes.demo.model.class_token(0))}
     if torch.cuda.is_available():
-        model, shape, context = sd15_sized(pack.nodes.demo.model)
-        figures["SD 1.5-size UNet, fp16, 512x512"] = measure(cases(model, False), shape, context)
+        figures["SD 1.5-size UNet, fp16, 512x512"] = compared(*sd15_sized(320, 64, torch.float16))
+    else:
+        print("No GPU: the UNet of SD 1.5's shape has 64 channels instead of 320, in fp32, at 128x128. Not P4's case.", flush=True)
+        figures["SD 1.5-shaped UNet of 64 channels, fp32, 128x128, CPU"] = compared(*sd15_sized(64, 16, torch.float32))
     return figures

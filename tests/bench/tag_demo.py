@@ -1,9 +1,11 @@
 """Q3, second part: guidance on the demo model, a trained network. Runs go in pairs: same noise, with and without it.
 
-Distances are Frechet distances (FD) between samples and the test images of Fashion-MNIST, in the 128 features of the
-bench's own classifier. The interval of a ratio is a bootstrap over pairs; `floor` is the FD of as many real images.
-The classifier's log-probability of the class that was asked for stands beside it.
+Distances to the test images of Fashion-MNIST are those of distances.py, in the 128 features of the bench's own
+classifier, with paired intervals; `floor` is what as many real images have. The classifier's log-probability of the
+class that was asked for stands beside them.
 """
+
+import time
 
 import comfy.sample
 import comfy.samplers
@@ -12,12 +14,16 @@ import torch
 from ..harness.cache import cache_folder
 from .classifier import trained_classifier
 from .data import load_fashion_mnist
-from .tag_runs import PREDICTOR, Features, guided, noisy_euler
+from .distances import Judge
+from .tag_runs import PREDICTOR, guided, noisy_euler
 
 NOISES = (0.0, 0.05, 0.1, 0.2, 0.3)
-STEPS, COUNT, BATCH = 20, 64, 64
+STEPS, BATCH = 20, 64
 FEW_STEPS = (1, 3, 5, 10)
-CFG, CFG_NOISE = 2.5, 0.1
+PAIRS, PAIRS_FEW, PAIRS_OTHERS, MEASURED = 128, 512, 64, 32
+"""Pairs of runs a case: of 10 and 20 steps, of fewer, for each form that is not the default and with guidance by classes;
+and runs in which the bare model's time gap is measured."""
+CFG, CFG_NOISES = 2.5, (0.1, 0.3)
 HARD_NOISE = 0.2
 
 DEFAULT = {"training-free (default)": {}, "predictor": {"predictor": PREDICTOR}}
@@ -36,45 +42,60 @@ OTHERS = {
 
 
 class DemoRuns:
-    """Samples of the demo model, COUNT a case, ten classes in turn."""
+    """Samples of the demo model, ten classes in turn."""
 
     def __init__(self, demo_model):
         self.model, _ = demo_model.load_demo_model()
-        self.labels = torch.arange(COUNT) % len(demo_model.LABELS)
+        self.labels = torch.arange(PAIRS_FEW) % len(demo_model.LABELS)
         self.tokens = torch.cat([demo_model.class_token(int(label)) for label in self.labels])
         self.nothing = demo_model.class_token(None)
 
-    def __call__(self, model, noise: float, steps: int, cfg: float = 1.0) -> torch.Tensor:
+    def __call__(self, model, noise: float, steps: int, cfg: float = 1.0, count: int = PAIRS) -> torch.Tensor:
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
         parts = []
         with torch.inference_mode():
-            for number, tokens in enumerate(self.tokens.split(BATCH)):
+            for number, tokens in enumerate(self.tokens[:count].split(BATCH)):
                 latent = torch.zeros(len(tokens), 3, 32, 32)
                 parts.append(comfy.sample.sample_custom(
-                    model, comfy.sample.prepare_noise(latent, number), cfg, noisy_euler(noise), sigmas,
+                    model, comfy.sample.prepare_noise(latent, number), cfg, noisy_euler(noise, 77 + number), sigmas,
                     [[tokens, {}]], [[self.nothing, {}]], latent, disable_pbar=True, seed=number))
         return torch.cat(parts).clamp(-1, 1)
+
+
+class Comparison:
+    """Runs cases in pairs and keeps their figures."""
+
+    def __init__(self, runs, judge: Judge, train: tuple):
+        self.runs, self.judge, self.train, self.figures = runs, judge, train, {}
+
+    def __call__(self, name: str, cases: dict, **sampling) -> None:
+        begun, bare = time.perf_counter(), self.runs(self.runs.model, **sampling)
+        measured, report = guided(self.runs.model, self.train, PREDICTOR, strength=0.0)
+        self.runs(measured, **(sampling | {"count": MEASURED}))
+        distances = self.judge.distances(bare)
+        rows = {"off": self.judge.told(bare, distances) | {"time_gap_by_predictor": mean_gap(report)}}
+        for case, settings in cases.items():
+            model, report = guided(self.runs.model, self.train, **settings)
+            rows[case] = self.judge.compared(bare, distances, self.runs(model, **sampling)) | {"time_gap": mean_gap(report)}
+        self.figures[name] = rows
+        print(f"{name} ({time.perf_counter() - begun:.0f} s)", *rows.items(), sep="\n  ", flush=True)
+
+
+def mean_gap(report) -> float:
+    return round(sum(record.time_gap() for record in report.runs) / len(report.runs), 1)
 
 
 def run(pack, output, data) -> dict:
     train, test = load_fashion_mnist(data)
     runs = DemoRuns(pack.nodes.demo.model)
-    judge = Features(trained_classifier(*train, cache_folder() / "data"), test[0], runs.labels)
-    figures = {"samples": COUNT, "steps": STEPS, "floor": round(judge.floor(COUNT), 1)}
-
-    def compare(name: str, cases: dict, **sampling) -> None:
-        bare = runs(runs.model, **sampling)
-        rows = {"off": judge.told(bare)}
-        for case, settings in cases.items():
-            model, report = guided(runs.model, train, **settings)
-            rows[case] = judge.compared(bare, runs(model, **sampling))
-            rows[case]["time_gap"] = round(sum(r.time_gap() for r in report.runs) / len(report.runs), 1)
-        figures[name] = rows
-        print(name, rows, flush=True)
-
-    for noise in NOISES:
-        compare(f"noise {noise}", DEFAULT | (OTHERS if noise == HARD_NOISE else {}), noise=noise, steps=STEPS)
+    judge = Judge(trained_classifier(*train, cache_folder() / "data"), test[0], runs.labels)
+    compare = Comparison(runs, judge, train)
     for steps in FEW_STEPS:
-        compare(f"{steps} steps", DEFAULT, noise=0.0, steps=steps)
-    compare(f"CFG {CFG}, noise {CFG_NOISE}", DEFAULT, noise=CFG_NOISE, steps=STEPS, cfg=CFG)
-    return figures
+        compare(f"{steps} steps", DEFAULT, noise=0.0, steps=steps, count=PAIRS_FEW if steps < 10 else PAIRS)
+    for noise in NOISES:
+        compare(f"noise {noise}", DEFAULT, noise=noise, steps=STEPS)
+    for noise in CFG_NOISES:
+        compare(f"CFG {CFG}, noise {noise}", DEFAULT, noise=noise, steps=STEPS, cfg=CFG, count=PAIRS_OTHERS)
+    compare(f"noise {HARD_NOISE}, other forms", OTHERS, noise=HARD_NOISE, steps=STEPS, count=PAIRS_OTHERS)
+    return {"pairs": {"10 and 20 steps": PAIRS, "fewer": PAIRS_FEW, "other forms and CFG": PAIRS_OTHERS}, "steps": STEPS,
+            "floors": {count: judge.floor(count) for count in (PAIRS, PAIRS_FEW, PAIRS_OTHERS)}} | compare.figures

@@ -90,4 +90,4 @@ def training_curve(pack, model, train) -> torch.Tensor:
     from artifact_guard.nodes.tag.schema import TAGTrainTimePredictor
 
     chosen = train[0][:: len(train[0]) // 4000]
-    return TAGTrainTimePredictor.execute(model, {"samples": chosen}, 400, 64, 1e-3, 0)[1]
+    return TAGTrainTimePredictor.execute(model, {"samples": chosen}, 400, 64, 1e-4, 0)[1]
