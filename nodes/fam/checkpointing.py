@@ -18,6 +18,49 @@ DEPTH = 2
 """The network's blocks; depth 1 is the network as a whole, which would save nothing."""
 
 
+def written(function, args: tuple) -> torch.Tensor | None:
+    """The tensor on the way to a gradient that this call of a torch function writes in place, if it does."""
+    name = getattr(function, "__name__", "")
+    target = args[0] if args else None
+    if not name.endswith("_") or name.startswith("__") or not isinstance(target, torch.Tensor):
+        return None
+    return target if torch.is_grad_enabled() and target.requires_grad and not target.is_leaf else None
+
+
+class WritesInPlace(TorchFunctionMode):
+    """Notes whether anything inside writes in place into a tensor on the way to a gradient."""
+
+    seen = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen |= written(function, args) is not None
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watched(network: torch.nn.Module):
+    """A WritesInPlace that sees what the network does when it is called inside the block of this context."""
+    watch, forward, bare = WritesInPlace(), network.forward, network.__dict__.get("forward")
+
+    def run(*args, **kwargs):
+        with watch:
+            return forward(*args, **kwargs)
+
+    try:
+        network.forward = run
+        yield watch
+    finally:
+        put_back(network, bare)
+
+
+def put_back(module: torch.nn.Module, bare) -> None:
+    """Give a module the forward again that stood in its __dict__, None for none."""
+    if bare is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = bare
+
+
 class KeepWhatWasSaved(TorchFunctionMode):
     """Inside, a tensor with a gradient moves to new memory before it is written in place: what was saved of it stays.
 
@@ -25,11 +68,9 @@ class KeepWhatWasSaved(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        if name.endswith("_") and not name.startswith("__") and torch.is_grad_enabled():
-            target = args[0] if args else None
-            if isinstance(target, torch.Tensor) and target.requires_grad and not target.is_leaf and not target._is_view():
-                target.data = target.data.clone()
+        target = written(function, args)
+        if target is not None and not target._is_view():
+            target.data = target.data.clone()
         return function(*args, **(kwargs or {}))
 
 
@@ -69,7 +110,4 @@ def checkpointed(network: torch.nn.Module, on: bool):
         yield
     finally:
         for module, forward in zip(modules, bare):
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = forward
+            put_back(module, forward)

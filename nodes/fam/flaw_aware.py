@@ -17,7 +17,7 @@ import comfy.model_management
 from comfy_extras.nodes_train import TrainGuider
 
 from .attention import AttentionSettings, patch_attention
-from .checkpointing import checkpointed
+from .checkpointing import checkpointed, watched
 from .flaw_batch import FlawBatch, FlawSampling
 from .lora_settings import FlawAwareSettings, decay_at, step_seed
 from .train_steps import TrainSteps
@@ -92,6 +92,7 @@ class FlawAwareTraining:
         self.optimizer = optimizer_of(parameters.values(), settings.learning_rate, betas)
         self.average = WeightAverage(parameters)
         self.progress, self.watcher = Progress(), Watcher()
+        self.writes_in_place = True  # until a trial has shown that the network does not: torch's guard costs time
         self.attention = AttentionSettings(settings.attention_strength)
         if self.attention.strength:
             patch_attention(model, torch.ones(1, 1, 1), self.attention)
@@ -147,7 +148,8 @@ class FlawAwareTraining:
         with ExitStack() as stack:
             stack.enter_context(checkpointed(model.model.diffusion_model, settings.gradient_checkpointing))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
+            if self.writes_in_place and not settings.gradient_checkpointing:
+                stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
             stack.callback(setattr, comfy.model_management, "in_training", before)
             comfy.model_management.in_training = True
             self.watcher.before_step(first)
@@ -171,5 +173,8 @@ class FlawAwareTraining:
 
     def trial(self) -> None:
         """The first step without its effect: shows whether it can be done, how long it takes and what memory."""
-        self.stretch(self.progress.step, self.progress.step + 1, lambda step, loss: None)
+        self.writes_in_place = True
+        with watched(self.model.model.diffusion_model) as watch:
+            self.stretch(self.progress.step, self.progress.step + 1, lambda step, loss: None)
+        self.writes_in_place = watch.seen
         self.optimizer.zero_grad(set_to_none=True)

@@ -32,9 +32,10 @@ def training_copy(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patche
             "trained. Load that LoRA without bypass."
         )
     if model.is_dynamic():
-        return model.clone(force_deepcopy=True)
+        return model.clone(disable_dynamic=True)  # core loads its file once more
     management = comfy.model_management
-    others = [loaded for loaded in management.current_loaded_models if loaded.model is None or loaded.model.model is not model.model]
+    loaded = management.current_loaded_models
+    others = [entry for entry in loaded if entry.model is None or entry.model.model is not model.model]
     management.free_memory(1e30, model.load_device, others)
     config, current = model.model.model_config, getattr(model.model, "current_patcher", None)
     shared = {id(config): config} | ({} if current is None else {id(current): None})

@@ -41,6 +41,11 @@ def check_conditions(positive: list, count: int) -> tuple[list, torch.Tensor]:
                 "positive: an entry without text encoder output came. Connect a CLIP Text Encode whose clip comes from the "
                 "same checkpoint as the model."
             )
+        if tokens.shape[0] != 1:
+            raise ValueError(
+                f"positive: an entry with {tokens.shape[0]} prompts in one batch came. Give each prompt as an entry of its own "
+                "(Conditioning Combine puts them together)."
+            )
         if not torch.isfinite(tokens).all():
             raise ValueError("positive: the text encoder's output holds NaN or infinite values. Run the text encoder in fp32.")
         confined = [name for name in CONFINED if entry[1].get(name) is not None]

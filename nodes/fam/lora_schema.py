@@ -28,7 +28,8 @@ def given(**settings) -> dict:
 def zeroed(conditions: list) -> list:
     """The CONDITIONING of an empty prompt, as core's ConditioningZeroOut makes it of any."""
     tokens, more = conditions[0][0]
-    zeros = {name: torch.zeros_like(more[name]) for name in ("pooled_output", "conditioning_lyrics") if more.get(name) is not None}
+    parts = [name for name in ("pooled_output", "conditioning_lyrics") if more.get(name) is not None]
+    zeros = {name: torch.zeros_like(more[name]) for name in parts}
     return [[torch.zeros_like(tokens), more | zeros]]
 
 

@@ -166,8 +166,7 @@ class Session:
         done, picture = training.progress.step, None
         if force or now - self.drawn > PREVIEW_SECONDS:
             phase = "refinement" if training.phases.refining(max(0, done - 1)) else "base"
-            picture = preview(
-                training.progress, training.phases, self.latest, f"Training loss, step {done} of {training.settings.steps}, {phase} phase"
-            )
+            title = f"Training loss, step {done} of {training.settings.steps}, {phase} phase"
+            picture = preview(training.progress, training.phases, self.latest, title)
             self.drawn = now
         self.bar.update_absolute(done, training.settings.steps, picture)

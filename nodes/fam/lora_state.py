@@ -4,7 +4,6 @@ A run writes one file of its own, under the next free number, and renews only th
 file is never half written.
 """
 
-import hashlib
 import os
 from dataclasses import asdict
 
@@ -29,17 +28,12 @@ def run_names() -> list[str]:
     return [NEW_RUN, *file_names(FOLDER)]
 
 
-def fingerprint(latents: torch.Tensor) -> str:
-    """A short name of these very latents."""
-    return hashlib.sha256(latents.contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
 def describe(training: FlawAwareTraining, rank: int) -> dict:
     """The settings that go into the file."""
     sampling = training.sampling
     return asdict(training.settings) | {
         "clip": None, "rank": rank, "base_steps": training.phases.base_steps,
-        "latents": fingerprint(training.data.latents), "sampling": [sampling.images, sampling.steps, sampling.cfg],
+        "latents": training.data.fingerprint, "sampling": [sampling.images, sampling.steps, sampling.cfg],
     }
 
 
@@ -83,14 +77,16 @@ def read_run(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict]:
     """
     tensors, settings = load_model_file(FOLDER, name, KIND)
     if settings["rank"] != rank:
-        raise ValueError(f"resume: the run in {name} has rank {settings['rank']} and the node says {rank}. Set rank to {settings['rank']}.")
+        had = settings["rank"]
+        raise ValueError(f"resume: the run in {name} has rank {had} and the node says {rank}. Set rank to {had}.")
     return tensors, settings
 
 
 def changes(training: FlawAwareTraining, rank: int, settings: dict) -> list[str]:
     """What the node says otherwise than the run that is gone on with, in words; of numbers both."""
     now = describe(training, rank)
-    return [name if name == "latents" else f"{name} {settings[name]} -> {now[name]}" for name in TOLD if now[name] != settings[name]]
+    changed = [name for name in TOLD if now[name] != settings[name]]
+    return [name if name == "latents" else f"{name} {settings[name]} -> {now[name]}" for name in changed]
 
 
 def restore(training: FlawAwareTraining, tensors: dict[str, torch.Tensor], settings: dict, name: str) -> None:

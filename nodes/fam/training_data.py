@@ -1,5 +1,7 @@
 """What a flaw-aware run learns from: clean latents in the model's own space, and the prompt of each."""
 
+import functools
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,11 @@ class LatentData:
     conditions: list
     which: torch.Tensor
     dropout: tuple[float, int] = (0.0, 0)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A short name of these very latents."""
+        return hashlib.sha256(self.latents.contiguous().numpy().tobytes()).hexdigest()[:16]
 
     def draw(self, batch: int, seed: int) -> Draw:
         """One step's draw; it depends on the seed alone. No latent comes twice before all came once."""

@@ -134,6 +134,7 @@ def run_flaw_aware(demo_model, settings, output: Path, data: Path | None) -> dic
         if (step + 1) % SAVE_EVERY == 0:
             file.save(training)
 
+    training.trial()
     training.run(Watcher(after_step=after_step))
     file.save(training)
     return {name: value.half().cpu().contiguous() for name, value in training.average.values.items()}

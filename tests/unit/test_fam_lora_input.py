@@ -21,6 +21,7 @@ def small():
         ({"positive": []}, "positive: no text encoder output"),
         ({"positive": [[None, {}]]}, "positive: an entry without text encoder output"),
         ({"positive": [[torch.zeros(1, 0, 24), {}]]}, "positive: an entry without"),
+        ({"positive": [[torch.zeros(6, 6, 24), {}]]}, "positive: an entry with 6 prompts in one batch"),
         ({"positive": [[torch.full((1, 6, 24), torch.nan), {}]]}, "positive: .* NaN"),
         ({"positive": [[torch.zeros(1, 6, 24), {"area": (8, 8, 0, 0)}]]}, "positive: .* confined by area"),
         ({"positive": [[torch.zeros(1, 6, 24), {}]] * 4}, "positive: 4 prompts came for 6 latents"),
