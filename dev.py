@@ -45,8 +45,11 @@ def run(environment: Environment, command: list, cwd: Path | None = None) -> int
 
 def demo(environment: Environment, options: argparse.Namespace) -> int:
     from tests.harness.demo import run_demo
+    from tests.harness.fam_demo import run_fam_demo
+    from tests.harness.fam_lora_demo import run_fam_lora_demo
 
-    return run_demo(environment, options.output.absolute(), options.update_docs)
+    runs = {"quickstart": run_demo, "fam": run_fam_demo, "fam_lora": run_fam_lora_demo}
+    return runs[options.template](environment, options.output.absolute(), options.update_docs)
 
 
 def test(environment: Environment, options: argparse.Namespace) -> int:
@@ -109,6 +112,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         return added
 
     shown = command(demo, "run the quickstart workflow on the small model in this repository and keep its pictures")
+    shown.add_argument("--template", choices=("quickstart", "fam", "fam_lora"), default="quickstart", help="or another of the templates")
     shown.add_argument("--output", type=Path, default=ROOT / "output", metavar="DIR", help="(default: output)")
     shown.add_argument("--update-docs", action="store_true", help="also renew the pictures the documentation shows")
     tested = command(test, "run the tests; arguments after -- go to pytest")

@@ -56,8 +56,8 @@ class FlawHighlighter:
         return torch.cat(logits).softmax(dim=1)[:, GENERATED]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """(tensors, settings) for a file: weights in half precision."""
-        weights = self.network.state_dict()
+        """(tensors, settings) for a file: weights in half precision. Counters of training steps are left out."""
+        weights = {name: value for name, value in self.network.state_dict().items() if value.is_floating_point()}
         return {name: value.half() for name, value in weights.items()}, asdict(self.settings)
 
     @classmethod
@@ -74,8 +74,8 @@ class FlawHighlighter:
                 network.load_state_dict({name: value.float() for name, value in tensors.items()})
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(
-                f"The file says that it holds a flaw highlighter, but its content does not fit ({error}). It was "
-                "changed or comes from another version: train or save it again."
+                f"The file says that it holds a flaw highlighter, but its content does not fit the networks of this version "
+                f"({str(error)[:200]}). It was changed, or trained with another version of Artifact Guard: train it again."
             ) from error
         return cls(network, settings)
 

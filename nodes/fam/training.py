@@ -76,11 +76,19 @@ def split_held_out(count: int, generator: torch.Generator) -> tuple[torch.Tensor
     return order[held:], order[:held]
 
 
+def per_class(real: int, generated: int, draw: Callable, generator: torch.Generator) -> list:
+    """`draw(count, generator)` for each class; one draw for both where the counts are equal, so that pairs stay pairs."""
+    first = draw(real, generator)
+    return [first, first if generated == real else draw(generated, generator)]
+
+
 class Training:
     """One training run. `run` goes through the epochs; `best` is there at any time, also after an interruption.
 
     Args:
-        real, generated: IMAGE (N, H, W, C), both of one size.
+        real, generated: IMAGE (N, H, W, C), both of one size. Equally many are taken for pairs, image by image: a pair is
+            held out as a whole and shown in one batch, so that of a picture and its flawed copy the flaw alone is left
+            to learn. Sets that are no pairs lose nothing by it.
         device: where the network is trained.
         start: a network to go on with; its own weights stay as they are.
 
@@ -94,16 +102,15 @@ class Training:
         shape = HighlighterSettings(settings.backbone, settings.image_size)
         generator = torch.Generator().manual_seed(settings.seed)
         self.train_images, self.held_images = [], []
-        for images in (real, generated):
+        for (train, held), images in zip(per_class(len(real), len(generated), split_held_out, generator), (real, generated)):
             pixels = (fit_images(images, shape) * 255).round().byte()
-            train, held = split_held_out(len(pixels), generator)
             self.train_images.append(pixels[train])
             self.held_images.append(pixels[held])
         if start is None:
             start = new_network(settings.backbone, settings.seed)
         with torch.inference_mode(False):
             self.network = copy.deepcopy(start).to(device).requires_grad_(True)
-            self.best = copy.deepcopy(start).to(device)
+            self.best = copy.deepcopy(start).to(device).eval()
         self.losses: list[float] = []
         self.accuracies: list[float] = []
         self.best_epoch, self.best_score = 0, (-1.0, 0.0)
@@ -132,10 +139,12 @@ class Training:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         half = max(1, self.settings.batch_size // 2)
         wanted = self.steps_per_epoch * half
-        orders = []
-        for pool in self.train_images:
-            rounds = math.ceil(wanted / len(pool))
-            orders.append(torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(rounds)])[:wanted])
+
+        def order(count: int, generator: torch.Generator) -> torch.Tensor:
+            rounds = math.ceil(wanted / count)
+            return torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:wanted]
+
+        orders = per_class(*map(len, self.train_images), order, generator)
         classes = torch.tensor([REAL] * half + [GENERATED] * half)
         for chosen in zip(*(order.split(half) for order in orders)):
             images = torch.cat([pool[index] for pool, index in zip(self.train_images, chosen)])

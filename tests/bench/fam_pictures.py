@@ -1,4 +1,4 @@
-"""Pictures for FAM's help pages and its template (fam.jpg): sound images with planted flaws, their maps, and the same refined by the demo model."""
+"""Pictures for FAM's help pages: sound images with planted flaws, their maps, and the same refined by the demo model."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from .data import load_fashion_mnist
+from .fam import shipped_highlighter
 from .fam_flaws import as_image, plant_flaws
-from .train_highlighter import SHIPPED
+from .fam_refining import refine
 
 COUNT, SCALE, GAP, LABEL = 10, 3, 4, 92
 SEED = 21
@@ -40,34 +41,21 @@ def sheet(rows: dict[str, torch.Tensor], captions: dict[str, list[str]], path: P
 
 
 def run(pack, output: Path, data: Path | None) -> dict:
-    from artifact_guard.nodes.demo.model import class_token, load_demo_model
     from artifact_guard.nodes.fam.grad_cam import flaw_map
-    from artifact_guard.nodes.fam.highlighter import KIND, FlawHighlighter
     from artifact_guard.nodes.fam.pictures import draw_heat
-    from artifact_guard.nodes.fam.refine import Refiner, RefineSettings
-    from artifact_guard.nodes.model_files import read_model_file
 
     _, (images, labels) = load_fashion_mnist(data)
     chosen = torch.cat([torch.nonzero(labels == label)[SEED : SEED + 1, 0] for label in range(COUNT)])
     flawed, _ = plant_flaws(images[chosen], "develop", SEED)
-    highlighter = FlawHighlighter.from_state(*read_model_file(str(SHIPPED), SHIPPED.name, KIND))
+    highlighter = shipped_highlighter()
     maps, before = flaw_map(highlighter, as_image(flawed))
     heat = draw_heat(as_image(flawed), maps, smallest=32 * SCALE)
     numbers = [f"{p:.2f}" for p in before.tolist()]
     rows = {"with a\nplanted flaw": enlarge(as_image(flawed)), "flaw map": heat}
     sheet(rows, {"flaw map": numbers}, output / "fam_flaw_map.png")
 
-    model, vae = load_demo_model()
-    settings = RefineSettings(SEED, 20, 2.5, "euler", "normal", denoise=0.5, rounds=3)
-    refined, negative = [], [[class_token(None), {}]]
-    with torch.inference_mode():
-        for label, image in zip(labels[chosen].tolist(), flawed):
-            positive = [[class_token(label), {}]]
-            latent, _, _ = Refiner(model, vae, highlighter, positive, negative, {"samples": image[None]}, settings).run()
-            refined.append(latent["samples"])
-    refined = as_image(torch.cat(refined))
+    refined = as_image(refine(highlighter, flawed, labels[chosen]))
     after = [f"{p:.2f}" for p in highlighter.generated_probability(refined).tolist()]
-    rows = {"with a\nplanted flaw": enlarge(as_image(flawed)), "flaw map": heat, "refined": enlarge(refined)}
-    for name in ("fam_refine.png", "fam.jpg"):
-        sheet(rows, {"flaw map": numbers, "refined": after}, output / name)
-    return {"pictures": ["fam_flaw_map.png", "fam_refine.png", "fam.jpg"], "before": numbers, "after": after}
+    rows |= {"refined": enlarge(refined), "sound": enlarge(as_image(images[chosen]))}
+    sheet(rows, {"flaw map": numbers, "refined": after}, output / "fam_refine.png")
+    return {"pictures": ["fam_flaw_map.png", "fam_refine.png"], "before": numbers, "after": after}

@@ -27,6 +27,7 @@ BENCHMARKS = {
     "tag_toy": ("tag_toy", "of it the toy alone"),
     "tag_exact": ("tag_exact", "of it the exact denoiser alone"),
     "tag_cost": ("tag_cost", "of it P4 alone: what guidance costs, beside core's PAG and SAG"),
+    "tag_cifar10": ("tag_cifar10", "Q3 on a CIFAR-10 model trained here; needs --cifar10, and a GPU for figures that mean something"),
     "tag_pictures": ("tag_pictures", "pictures for TAG's help pages and template"),
     "fam": ("fam", "Q4: the flaw highlighter on planted flaws and demo samples, and refining before a second one"),
     "fam_develop": ("fam_develop", "the same on development images, several ways to refine: for choosing"),

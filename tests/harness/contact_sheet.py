@@ -2,7 +2,7 @@
 
     python contact_sheet.py FOLDER SHEET [SHEET ...]
 
-FOLDER holds without_*.png, with_*.png, regions_*.png and curves_*.png. The format of a sheet follows its name; a JPEG
+FOLDER holds pictures ROLE_*.png of some of the roles below, and perhaps curves_*.png, which go underneath. The format of a sheet follows its name; a JPEG
 is kept small enough for a template's picture.
 """
 
@@ -11,7 +11,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-ROWS = {"without": "without\nthe guard", "with": "with\nthe guard", "regions": "what it\nfound"}
+ROWS = {
+    "without": "without\nthe guard", "with": "with\nthe guard", "regions": "what it\nfound",
+    "fam_flawed": "with a\nflaw", "fam_maps": "flaw map", "fam_refined": "refined",
+    "fam_lora_images": "training\nimages", "fam_lora_without": "without\nthe LoRA", "fam_lora_with": "with\nthe LoRA",
+}
 TILE, GAP, LABEL = 128, 6, 96
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 JPEG_BYTES = 150_000
@@ -25,8 +29,11 @@ def tile(path: Path) -> Image.Image:
 
 def assemble(folder: Path) -> Image.Image:
     rows = {role: sorted(folder.glob(f"{role}_*.png")) for role in ROWS}
-    with Image.open(sorted(folder.glob("curves_*.png"))[0]) as picture:
-        curves = picture.convert("RGB")
+    rows = {role: paths for role, paths in rows.items() if paths}
+    curves = Image.new("RGB", (1, 1), BACKGROUND)
+    for path in sorted(folder.glob("curves_*.png"))[:1]:
+        with Image.open(path) as picture:
+            curves = picture.convert("RGB")
     width = max(LABEL + max(map(len, rows.values())) * (TILE + GAP), curves.width) + GAP
     top = GAP + len(rows) * (TILE + GAP)
     sheet = Image.new("RGB", (width, top + curves.height + GAP), BACKGROUND)

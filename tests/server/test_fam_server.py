@@ -18,9 +18,11 @@ SHIPPED = "demo_clothes.safetensors"
 
 @pytest.fixture(scope="module")
 def workflow(object_info) -> dict:
-    """workflows/fam.json as a prompt, with four pictures."""
+    """workflows/fam.json as a prompt, with four pictures and fewer steps and rounds, which tell as much here."""
     text = (WORKFLOW.parent / "fam.json").read_text(encoding="utf-8")
-    return with_inputs(graph_to_prompt(json.loads(text), object_info), "EmptyChromaRadianceLatentImage", batch_size=4)
+    prompt = graph_to_prompt(json.loads(text), object_info)
+    prompt = with_inputs(prompt, "EmptyChromaRadianceLatentImage", batch_size=4)
+    return with_inputs(with_inputs(prompt, "KSampler", steps=6), "FAMRefine", steps=8, rounds=2)
 
 
 def pixels(picture: bytes) -> np.ndarray:

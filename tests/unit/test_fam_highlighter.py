@@ -8,10 +8,12 @@ from artifact_guard.nodes.fam.grad_cam import flaw_map, grad_cam, scale_to_one
 from artifact_guard.nodes.fam.highlighter import GENERATED, KIND, REAL, HighlighterSettings, fit_images
 from artifact_guard.nodes.fam.pictures import draw_heat, draw_training
 from artifact_guard.nodes.fam.schema import FAMFlawMap, FAMLoadFlawHighlighter, FAMSaveFlawHighlighter
+from artifact_guard.nodes.fam.session import starting_network
 from artifact_guard.nodes.model_files import load_model_file, save_model_file
 from captum.attr import LayerGradCam
+from safetensors.torch import save_file
 
-from tests.unit.fam_support import highlighter, images, spoil, train_on_grids
+from tests.unit.fam_support import highlighter, images, settings, spoil, train_on_grids
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +96,7 @@ def test_it_finds_what_it_was_shown(learned):
     above = (probabilities[:, None] > clean[None]).float().mean()
     peaks = maps.flatten(1).argmax(dim=1, keepdim=True)
     assert training.accuracy >= 0.9 and above > 0.95
-    # 0.88 with one thread, 0.83 with two: training sums in another order. `dev.py bench fam` has the figure that counts.
-    assert where.flatten(1).gather(1, peaks).float().mean() >= 0.75
+    assert where.flatten(1).gather(1, peaks).float().mean() >= 0.87
     assert not judge.settings.warnings
 
 
@@ -133,7 +134,31 @@ def test_files_that_are_no_highlighters(tmp_path):
         load_model_file("flaw_highlighters", "../../../etc/passwd", KIND)
 
 
-def test_vgg16_starts_from_a_standard_file(monkeypatch):
+def test_files_of_the_first_small_backbone_are_refused_in_words(tmp_path):
+    """Its six convolutions had other shapes: the error says what to do, in a length a person reads."""
+    path = save_model_file(
+        "flaw_highlighters", "unit/first", KIND, {"convolutions.0.weight": torch.zeros(16, 3, 4, 4)},
+        {"backbone": "small", "image_size": 128},
+    )
+    with pytest.raises(ValueError, match="another version of Artifact Guard: train it again") as refusal:
+        FAMLoadFlawHighlighter.execute(f"unit/{path.rsplit('/')[-1]}")
+    assert len(str(refusal.value)) < 500
+
+
+def test_training_starts_from_the_users_vgg16(tmp_path, monkeypatch):
+    """A file of torchvision's whole VGG16, classifier and all, under models/flaw_highlighters: found, and taken as a start."""
+    standard = {f"features.{n}": torch.full_like(v, 0.02) for n, v in new_network("vgg16", 1).convolutions.state_dict().items()}
+    standard["classifier.0.weight"] = torch.zeros(4, 4)
+    save_file(standard, tmp_path / "VGG16-torchvision.safetensors")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "flaw_highlighters", ([str(tmp_path)], {".safetensors"}))
+    folder_paths.filename_list_cache.pop("flaw_highlighters", None)
+    network = starting_network(settings(backbone="vgg16"))
+    assert all((value == 0.02).all() for value in network.convolutions.state_dict().values())
+    assert network.head.hidden.weight.std() > 0
+    folder_paths.filename_list_cache.pop("flaw_highlighters", None)
+
+
+def test_vgg16_takes_standard_names_and_no_others():
     """Weights under torchvision's names become the convolutions; a file that lacks one is refused."""
     network = new_network("vgg16", 1)
     standard = {f"features.{name}": torch.full_like(value, 0.01) for name, value in network.convolutions.state_dict().items()}

@@ -54,6 +54,41 @@ def test_held_out_images_are_never_trained_on():
     assert len(held) == 2 and len(trained) == 18 and not held & trained
 
 
+def test_pairs_stay_pairs():
+    """Equally many of both: image i of one meets image i of the other in one batch, and both are held out or neither."""
+    numbers = (torch.arange(40) / 50).view(-1, 1, 1, 1).expand(-1, 16, 16, 3)
+    training = Training(numbers, numbers + 0.1, settings(size=16), CPU)
+    held, trained = (
+        [(pool.float() / 255).mean(dim=(1, 2, 3)) for pool in pools] for pools in (training.held_images, training.train_images)
+    )
+    assert torch.allclose(held[GENERATED] - held[REAL], torch.tensor(0.1), atol=0.01)
+    assert torch.allclose(trained[GENERATED] - trained[REAL], torch.tensor(0.1), atol=0.01)
+    for images_of_step, _ in training.batches(0):
+        real, generated = (part.mean(dim=(1, 2, 3)) for part in images_of_step.chunk(2))
+        # Augmentation changes each image's light by itself; the order of the pairs outlives it.
+        assert torch.corrcoef(torch.stack([real, generated]))[0, 1] > 0.6
+
+
+def test_an_image_is_judged_by_itself():
+    """Not by what else is in its batch, nor does judging change the network: its norms are at rest."""
+    training = Training(images(12), images(12, seed=3), settings(), CPU)
+    training.run()
+    batch = torch.rand(6, 3, 32, 32)
+    with torch.no_grad():
+        together, alone = training.best(batch), torch.cat([training.best(image[None]) for image in batch])
+        again = training.best(batch)
+    assert torch.allclose(together, alone, atol=1e-5) and torch.equal(together, again)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_grey_and_rgba_images_train(channels):
+    """Both classes grey, or both with an alpha channel, which is left out: the network sees three channels."""
+    batch = torch.rand(10, 16, 16, channels)
+    training = Training(batch, batch.flip(1), settings(size=16), CPU)
+    training.run()
+    assert training.train_images[REAL].shape[1] == 3 and training.best_epoch == 1
+
+
 def test_best_epoch_is_kept(monkeypatch):
     """Scores 0.6, 0.9, 0.7: the network after the second epoch is what comes out."""
     training = Training(images(10), images(10, seed=4), settings(3), CPU)
@@ -111,6 +146,8 @@ def test_the_node_tells_accuracy_and_curves():
 @pytest.mark.parametrize("real, generated, words", [
     (images(16), images(4), "generated: 4 images came; at least 8 of each class"),
     (images(2), images(16), "real: 2 images came"),
+    (images(16), images(16)[:0], "generated: 0 images came; at least 8 of each class are wanted"),
+    (images(16), torch.cat([images(16), torch.ones(16, 32, 32, 1)], dim=-1), "3 channels and generated ones 4"),
     (images(16, 32), images(16, 48), "real images are 32x32 pixels and generated ones 48x48"),
     (images(16)[..., :1], images(16), "real images have 1 channels and generated ones 3"),
     (images(16), torch.full((16, 32, 32, 3), torch.nan), "the image holds NaN"),
