@@ -65,11 +65,12 @@ class DemoConfig(comfy.supported_models_base.BASE):
         return False
 
 
-def build_demo_model(state_dict: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
+def build_demo_model(state_dict: dict[str, torch.Tensor], unet_config: dict = UNET_CONFIG) -> comfy.model_patcher.ModelPatcher:
     """Build the demo model around the given UNet weights, the way ComfyUI loads a diffusion model file.
 
     Args:
         state_dict: weights of the UNet by UNetModel's own names, in any floating dtype.
+        unet_config: of the UNet, for models of other sizes trained like the demo model.
 
     Returns:
         A model patcher on the device ComfyUI chose, in a dtype that device can compute in.
@@ -78,7 +79,7 @@ def build_demo_model(state_dict: dict[str, torch.Tensor]) -> comfy.model_patcher
         ValueError: a weight is missing or unknown, which means that the file is of another model.
     """
     management = comfy.model_management
-    config = DemoConfig(UNET_CONFIG)
+    config = DemoConfig(unet_config)
     parameters = comfy.utils.calculate_parameters(state_dict)
     weight_dtype = comfy.utils.weight_dtype(state_dict)
     load_device = management.get_torch_device()

@@ -42,10 +42,10 @@ OTHERS = {
 
 
 class DemoRuns:
-    """Samples of the demo model, ten classes in turn."""
+    """Samples of the demo model, or of another that was trained like it, ten classes in turn."""
 
-    def __init__(self, demo_model):
-        self.model, _ = demo_model.load_demo_model()
+    def __init__(self, demo_model, model=None):
+        self.model = model or demo_model.load_demo_model()[0]
         self.labels = torch.arange(PAIRS_FEW) % len(demo_model.LABELS)
         self.tokens = torch.cat([demo_model.class_token(int(label)) for label in self.labels])
         self.nothing = demo_model.class_token(None)
@@ -63,14 +63,14 @@ class DemoRuns:
 
 
 class Comparison:
-    """Runs cases in pairs and keeps their figures."""
+    """Runs cases in pairs and keeps their figures. `predictor` measures the bare model's time gap."""
 
-    def __init__(self, runs, judge: Judge, train: tuple):
-        self.runs, self.judge, self.train, self.figures = runs, judge, train, {}
+    def __init__(self, runs, judge: Judge, train: tuple, predictor=PREDICTOR):
+        self.runs, self.judge, self.train, self.predictor, self.figures = runs, judge, train, predictor, {}
 
     def __call__(self, name: str, cases: dict, **sampling) -> None:
         begun, bare = time.perf_counter(), self.runs(self.runs.model, **sampling)
-        measured, report = guided(self.runs.model, self.train, PREDICTOR, strength=0.0)
+        measured, report = guided(self.runs.model, self.train, self.predictor, strength=0.0)
         self.runs(measured, **(sampling | {"count": MEASURED}))
         distances = self.judge.distances(bare)
         rows = {"off": self.judge.told(bare, distances) | {"time_gap_by_predictor": mean_gap(report)}}

@@ -53,7 +53,8 @@ def new(model, data, seed: int):
 
     schedule = Schedule.of(model.get_model_object("model_sampling"))
     size = tuple(data.frames.shape[-2:])
-    return new_predictor(kind_of(model), schedule, size, data.conditions.shape[1], seed)
+    width = 0 if data.conditions is None else data.conditions.shape[1]
+    return new_predictor(kind_of(model), schedule, size, width, seed)
 
 
 def train(predictor, data, steps: int, seed: int, device: torch.device):

@@ -1,0 +1,78 @@
+"""The benchmarks of TAG that need a GPU or data of the user's run through, at a tiny size."""
+
+import io
+import types
+import zipfile
+
+import artifact_guard
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.bench import tag_cifar10, tag_cost, tag_demo, tag_toy
+from tests.bench.tag_cost import sd15_sized
+
+CLASSES = [f"class{i}" for i in range(10)]
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """As much of a CIFAR-10 zip as is read."""
+    random, path = np.random.default_rng(0), tmp_path / "cifar10.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for split in ("train", "test"):
+            for name in CLASSES:
+                for number in range(64):
+                    data = io.BytesIO()
+                    Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(data, "JPEG")
+                    file.writestr(f"{split}/{name}/{number:03}.jpg", data.getvalue())
+    return path
+
+
+def test_cifar10_model_is_trained_and_compared(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(tag_cifar10, "NOISES", (0.2,))
+    monkeypatch.setattr(tag_cifar10, "FEW_STEPS", (1,))
+    monkeypatch.setattr(tag_cifar10, "STEPS", 2)
+    monkeypatch.setattr(tag_demo, "MEASURED", 4)
+    figures = tag_cifar10.run(artifact_guard, tmp_path / "out", None, archive, tag_cifar10.TINY)
+    assert figures["size"]["steps"] == 2 and 0 <= figures["classifier_accuracy"] <= 1
+    for case in ("1 steps", "noise 0.2"):
+        assert set(figures[case]) == {"off", "training-free (default)", "predictor"}
+        assert len(figures[case]["predictor"]["KID_ratio"]) == 3
+    assert (tmp_path / "out" / "cifar10-32" / "checkpoint.safetensors").exists()
+
+
+def test_cifar10_without_data_says_what_to_pass(capsys):
+    assert "skipped" in tag_cifar10.run(artifact_guard, None, None, None)
+    assert "pass --cifar10 ZIP" in capsys.readouterr().out
+
+
+def test_cost_compares_with_cores_guidance(monkeypatch, capsys):
+    monkeypatch.setattr(tag_cost, "STEPS", 2)
+    monkeypatch.setattr(tag_cost, "REPEATS", 1)
+    figures = tag_cost.compared(*sd15_sized(32, 16, torch.float32))
+    assert set(figures) == {"CFG 1", "CFG 4"} and figures["CFG 1"]["off"]["ratio"] == 1.0
+    assert any("SelfAttention" in name for name in figures["CFG 4"])
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(tag_cost, "compared", lambda *a: {})
+        assert "SD 1.5-shaped" in list(tag_cost.run(artifact_guard, None, None))[1]
+        assert "No GPU" in capsys.readouterr().out
+
+
+def test_exact_toy_has_the_exact_score():
+    """Its clean estimate against the mean of many draws, its judge against the density, at one point."""
+    from artifact_guard.nodes.tag import levels, steering  # noqa: F401
+
+    toy = tag_toy.ExactToy(artifact_guard.nodes.tag)
+    level = torch.tensor([0.3])
+    alpha, v = levels.alpha_and_variance(level)
+    draws = tag_toy.real_points(400_000, torch.Generator().manual_seed(0))
+    u = torch.tensor([[6.8, 7.2]])
+    weights = (-(u - alpha * draws).square().sum(1) / (2 * v)).softmax(0)
+    estimate = toy.ask(u.reshape(1, 2, 1, 1), level).flatten()
+    assert torch.allclose(estimate, (weights[:, None] * draws).sum(0), atol=0.05)
+
+
+def test_demo_runs_take_another_model():
+    runs = tag_demo.DemoRuns(artifact_guard.nodes.demo.model, marker := types.SimpleNamespace())
+    assert runs.model is marker
