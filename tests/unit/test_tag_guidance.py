@@ -88,6 +88,45 @@ def test_bounded_with_a_useless_predictor(kind, mode, strength):
     assert run(guided, noise=0.3).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_bounded_at_the_ends_of_the_schedule(kind, mode):
+    """Asked at pure noise (a flow's sigma of 1), at sigma_min and at nearly nothing, with far too much noise in the
+    sample: the estimate stays within half the distance to the sample of the bare model's, at any strength."""
+    bare = model(kind)
+    low, high = (float(getattr(bare.get_model_object("model_sampling"), f"sigma_{end}")) for end in ("min", "max"))
+
+    def estimates(patcher):
+        told = []
+
+        def sample(model_k, x, sigmas, extra_args=None, callback=None, disable=None):
+            for sigma in (high, 1e-6, low, high, low):
+                random = torch.Generator().manual_seed(1)
+                sample = images()[:2] + max(3.0, sigma) * torch.randn(x.shape, generator=random)
+                told.append((sample, model_k(sample, x.new_full((len(x),), sigma), **extra_args)))
+            return x
+
+        run(patcher, comfy.samplers.KSAMPLER(sample))
+        return told
+
+    without = estimates(bare)
+    for predictor in (None, fresh_predictor(bare)):
+        for strength in (0.01, 1.0, 200.0):
+            guided, report = guide(bare, predictor, mode=mode, strength=strength, ask_at="step's level")
+            for (x, one), (_, other) in zip(without, estimates(guided)):
+                assert other.isfinite().all()
+                if mode != "shift":  # which asks the model elsewhere
+                    assert (other - one).square().mean().sqrt() <= 0.51 * (one - x).square().mean().sqrt()
+            assert report.runs[0].gaps().isfinite().all()
+
+
+def test_nan_in_the_latent_is_refused_before_sampling():
+    guided, report = guide(model("eps"))
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        run(guided, latent=torch.full((2, 3, SIZE, SIZE), float("nan")))
+    assert not report.runs
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_runs_and_an_aligned_run_is_left_alone(sampler):
     bare = model("eps")

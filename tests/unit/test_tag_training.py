@@ -4,6 +4,7 @@ import comfy.model_management
 import comfy.utils
 import pytest
 import torch
+from artifact_guard.nodes.demo.model import load_demo_model
 from artifact_guard.nodes.tag import train_node
 from artifact_guard.nodes.tag.compatibility import kind_of
 from artifact_guard.nodes.tag.levels import Schedule
@@ -227,6 +228,14 @@ def test_latents_go_through_process_latent_in():
 def test_a_predictor_for_another_model_is_refused(other, message):
     with pytest.raises(ValueError, match=f"time_predictor: this predictor .*{message}.* Train one for this model"):
         guide(other(), fresh_predictor(model("eps")))
+
+
+def test_a_predictor_for_another_latent_format_of_as_many_channels_is_refused():
+    demo, _ = load_demo_model()
+    with pytest.raises(ValueError, match="latent format PixelLatent, while the model has PixelFormat"):
+        guide(model("v"), fresh_predictor(demo))
+    with pytest.raises(ValueError, match="latent format PixelLatent, while the model has PixelFormat"):
+        train_node_run(model("v"), time_predictor=fresh_predictor(demo))
 
 
 def test_shift_of_a_flow_model_is_no_other_schedule():
