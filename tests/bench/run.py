@@ -37,7 +37,7 @@ BENCHMARKS = {
     "growth": ("growth", "P9: cost of watching against latent area, batch, steps and frames"),
     "startup": ("startup", "what the pack adds to ComfyUI's start"),
     "fam_cost": ("fam_cost", "P5: what the flaw attention patch costs"),
-    "fam_training": ("fam_training", "Q4: FAM training of the demo model: base, forward, reverse, both (70 minutes on one core)"),
+    "fam_training": ("fam_training", "Q4: FAM training of the demo model: base, forward, reverse, both, sweeps (45 minutes on one quiet core)"),
     "fam_pictures": ("fam_pictures", "pictures for FAM's help pages"),
 }
 
