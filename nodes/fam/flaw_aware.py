@@ -7,6 +7,7 @@ every `map_every` steps, and its mean flaw map M acts on the steps until the nex
 The paper samples the map's batch with the averaged weights too; how many images it has, it does not say.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -92,7 +93,7 @@ class FlawAwareTraining:
         self.optimizer = optimizer_of(parameters.values(), settings.learning_rate, betas)
         self.average = WeightAverage(parameters)
         self.progress, self.watcher = Progress(), Watcher()
-        self.writes_in_place = True  # until a trial has shown that the network does not: torch's guard costs time
+        self.writes_in_place: bool | None = None  # a trial shows it; till then torch's guard is on, which costs time
         self.attention = AttentionSettings(settings.attention_strength)
         if self.attention.strength:
             patch_attention(model, torch.ones(1, 1, 1), self.attention)
@@ -110,7 +111,8 @@ class FlawAwareTraining:
         self.watcher = watcher or Watcher()
         while self.progress.step < self.settings.steps:
             step = self.progress.step
-            if self.uses_map and self.phases.map_due(step):
+            missing = self.phases.refining(step) and self.progress.flaw_map is None
+            if self.uses_map and (missing or self.phases.map_due(step)):
                 self.renew_map(step)
             self.stretch(step, self.phases.stretch_end(step), self.after_backward)
 
@@ -148,7 +150,7 @@ class FlawAwareTraining:
         with ExitStack() as stack:
             stack.enter_context(checkpointed(model.model.diffusion_model, settings.gradient_checkpointing))
             stack.enter_context(torch.enable_grad())
-            if self.writes_in_place and not settings.gradient_checkpointing:
+            if self.writes_in_place is not False and not settings.gradient_checkpointing:
                 stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
             stack.callback(setattr, comfy.model_management, "in_training", before)
             comfy.model_management.in_training = True
@@ -157,7 +159,7 @@ class FlawAwareTraining:
 
     def after_backward(self, step: int, loss: float) -> None:
         """Take a step with the gradients that are there."""
-        if loss != loss or loss in (float("inf"), float("-inf")):
+        if not math.isfinite(loss):
             self.optimizer.zero_grad(set_to_none=True)
             raise Diverged(f"The loss became {loss} at step {step + 1}. Lower learning_rate, or set training_dtype to fp32.")
         self.optimizer.param_groups[0]["lr"] = self.rate(step)
@@ -173,7 +175,6 @@ class FlawAwareTraining:
 
     def trial(self) -> None:
         """The first step without its effect: shows whether it can be done, how long it takes and what memory."""
-        self.writes_in_place = True
         with watched(self.model.model.diffusion_model) as watch:
             self.stretch(self.progress.step, self.progress.step + 1, lambda step, loss: None)
         self.writes_in_place = watch.seen
