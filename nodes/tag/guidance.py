@@ -56,8 +56,9 @@ class GuidancePatch:
         check_latent(latent_image, guider.model_patcher.model.latent_format, nested=len(shapes) > 1)
         record = RunRecord(self.settings, layout)
         arguments = (noise, latent_image, sampler, sigmas, denoise_mask, *args)
-        if layout is None:
-            record.refuse("the latent has no image part (no two spatial axes)")
+        reason = unguided_reason(layout, guider.model_patcher.get_model_object("model_sampling"))
+        if reason:
+            record.refuse(reason)
             output = executor(*arguments, **kwargs)
         else:
             run = GuidedRun(self.settings, self.predictor, record, guider, denoise_mask)
@@ -70,6 +71,16 @@ class GuidancePatch:
                 transformer_options["wrappers"][WrappersMP.PREDICT_NOISE][WRAPPER_KEY].remove(wrapper)
         self.report.add(record, output)
         return output
+
+
+def unguided_reason(layout: FrameLayout | None, model_sampling) -> str | None:
+    """Why a run cannot be measured, or None."""
+    if layout is None:
+        return "the latent has no image part (no two spatial axes)"
+    levels = Schedule.of(model_sampling).log_snr
+    if float(levels.max() - levels.min()) < 1.0:
+        return "this model starts from an image and not from noise, so that its steps have no noise level"
+    return None
 
 
 class GuidedRun:

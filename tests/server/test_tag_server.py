@@ -65,7 +65,7 @@ def training(workflow: dict, **settings) -> dict:
     part = with_inputs(upstream(workflow, bare), "EmptyChromaRadianceLatentImage", batch_size=4)
     part = with_inputs(part, "KSampler", steps=2)
     model = find(part, "ArtifactGuardDemoModel")
-    widgets = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "seed": 0} | settings
+    widgets = {"steps": 2, "batch_size": 2, "learning_rate": 1e-4, "seed": 0} | settings
     part["train"] = {"class_type": "TAGTrainTimePredictor", "inputs": {"model": [model, 0], "latents": [bare, 0], **widgets}}
     part["save"] = {
         "class_type": "TAGSaveTimePredictor", "inputs": {"time_predictor": ["train", 0], "filename_prefix": "tests/mine"}}

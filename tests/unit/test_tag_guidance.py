@@ -3,6 +3,7 @@
 import copy
 import json
 
+import comfy.model_sampling
 import comfy.samplers
 import pytest
 import torch
@@ -265,6 +266,20 @@ def test_a_latent_without_pictures_is_sampled_unguided():
     guided, report = guide(bare)
     assert torch.equal(run(guided, shape=(2, 3, 40)), run(bare, shape=(2, 3, 40)))
     assert "no image part" in report.runs[0].summary()["reason"]
+
+
+def test_a_model_that_starts_from_an_image_is_sampled_unguided():
+    """Image-to-image flow: its noise_scaling adds no noise."""
+    class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.IMG_TO_IMG_FLOW):
+        pass
+
+    bare = model("flow")
+    bare.add_object_patch("model_sampling", Sampling())
+    bare.set_model_unet_function_wrapper(lambda apply_model, args: 0.9 * args["input"])
+    guided, report = guide(bare)
+    options = {"latent": images()[:2]}
+    assert torch.equal(run(guided, **options), run(bare, **options))
+    assert "starts from an image" in report.runs[0].summary()["reason"]
 
 
 @pytest.mark.parametrize("settings, message", [
