@@ -1,5 +1,7 @@
 """Models compiled by core's TorchCompileModel, and the three methods on them."""
 
+import comfy.model_management
+import comfy.model_patcher
 import pytest
 import torch
 from artifact_guard.nodes.asced.guard import guard_model
@@ -8,6 +10,7 @@ from artifact_guard.nodes.fam.attention import AttentionSettings, patch_attentio
 from artifact_guard.nodes.tag.guidance import guide_model
 from artifact_guard.nodes.tag.settings import TagSettings
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_torch_compile import TorchCompileModel
 
 from tests.small_models import sample, small_model
 
@@ -65,3 +68,22 @@ def test_guard_and_guidance_act_on_a_compiled_model(compiled, method):
         return guard_model(on, GuardSettings(sensitivity=10.0))[0] if method == "guard" else guide_model(on, TagSettings())[0]
 
     assert torch.equal(sample(small, patched(model), cfg=1.0, steps=8), sample(small, patched(small.model), cfg=1.0, steps=8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["inductor", "cudagraphs"])
+def test_methods_act_on_models_compiled_for_the_gpu(backend):
+    """Core's own node and its backends: to rounding what the model gives that is not compiled."""
+    small = small_model("flux")
+    device = comfy.model_management.get_torch_device()
+    plain = comfy.model_patcher.ModelPatcher(small.model.model, load_device=device, offload_device=torch.device("cpu"))
+    compiled = TorchCompileModel.execute(plain, backend)[0]
+    patches = {
+        "bare": lambda on: on,
+        "guard": lambda on: guard_model(on, GuardSettings(sensitivity=0.01))[0],
+        "guidance": lambda on: guide_model(on, TagSettings(strength=0.0))[0],
+        "attention": lambda on: patch_attention(on, half_map(small, True), AttentionSettings(0.5))
+    }
+    for name, patched in patches.items():
+        wanted, result = (sample(small, patched(on), cfg=1.0) for on in (plain, compiled))
+        torch.testing.assert_close(result, wanted, rtol=1e-2, atol=1e-2, msg=lambda text: f"{name}: {text}")
