@@ -78,7 +78,7 @@ def run(pack, output, data) -> dict:
     tag = pack.nodes.tag
     predictor = predictor_files.load_predictor("demo_fashion_mnist.safetensors")
     schedule = levels.Schedule.of(pack.nodes.demo.model.load_demo_model()[0].get_model_object("model_sampling"))
-    images = data_sets(data, 2400)["fashion-mnist"]
+    images = data_sets(data, count=2400)["fashion-mnist"]
     denoiser = ExactDenoiser(images, 0.05)
     figures = {}
     for time in TIMES:
