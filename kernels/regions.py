@@ -63,6 +63,14 @@ def dilate_square(mask: torch.Tensor, radius: int) -> torch.Tensor:
     return slide_square(F.pad(mask, [radius] * 4), 2 * radius + 1, torch.logical_or)
 
 
+def close_square(mask: torch.Tensor, radius: int) -> torch.Tensor:
+    """Closing: a mask (B, H, W) bool and the pixels that no square of 2 radius + 1 pixels can cover without touching it."""
+    if radius == 0:
+        return mask
+    grown = slide_square(F.pad(mask, [2 * radius] * 4), 2 * radius + 1, torch.logical_or)
+    return slide_square(grown, 2 * radius + 1, torch.logical_and)
+
+
 def open_square(mask: torch.Tensor, side: int) -> torch.Tensor:
     """Opening: of a mask (B, H, W) bool, the pixels that some square of side x side pixels within it covers."""
     if side <= 1:

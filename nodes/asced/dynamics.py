@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.regions import grow_from, open_square
+from ...kernels.regions import close_square, grow_from, open_square
 from ...kernels.robust_threshold import (
     NORMAL_CONSISTENCY, median_and_mad, robust_threshold, sample_median, sample_quantile,
 )
@@ -52,6 +52,10 @@ WEAK = 0.5
 
 THINNEST = 2
 """Lines of one latent pixel are no region: edges that sharpen look like that."""
+
+GAP = 0.02
+"""Holes and bays of a region up to twice as wide, of the shorter side, belong to it: there the artifact happens to be what
+was drawn anyway. On the develop split pixel F1 rises from 0.950 to 0.955 at amplitude 0.4."""
 
 LEAST_STEP = 0.09
 """Estimates closer than this in ln(b / a) are compared as one step, so that 200 steps show what 25 steps show."""
@@ -79,6 +83,7 @@ class DynamicsDetector(Detector):
         super().__init__(options, travel)
         self.sensitivity = sensitivity
         self.thinnest = max(THINNEST, pixels(options.min_width, shorter_side)) if options.min_width > 0 else 1
+        self.gap = pixels(GAP, shorter_side, 1)
         self.past: list[tuple[float, torch.Tensor]] = []
         self.move: Move | None = None
         self.valid: torch.Tensor | None = None
@@ -126,7 +131,8 @@ class DynamicsDetector(Detector):
         suspected = bool(regions.any())
         if suspected:
             weak = open_square(self.peak > WEAK, self.thinnest)
-            regions = keep_regions(grow_from(support_in_time(regions, frames_per_sample), weak), self.options)
+            regions = grow_from(support_in_time(regions, frames_per_sample), weak)
+            regions = keep_regions(close_square(regions, self.gap), self.options)
         return Findings(regions, self.peak, self.onset, suspected)
 
     def _take_score(self, score: torch.Tensor, ratio: torch.Tensor | float) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from artifact_guard.kernels.fill import fill_from_surroundings
-from artifact_guard.kernels.regions import grow_from, open_square
+from artifact_guard.kernels.regions import close_square, grow_from, open_square
 from artifact_guard.kernels.robust_threshold import sample_quantile
 from artifact_guard.kernels.seams import border_jump
 from scipy import ndimage
@@ -62,6 +62,17 @@ def test_opening_is_scipys(side):
     expected = np.stack([ndimage.binary_opening(one, np.ones((side, side))) for one in mask.numpy()])
     assert np.array_equal(open_square(mask, side).numpy(), expected)
     assert not open_square(mask[:, :2, :2], 3).any()
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, 9])
+def test_closing_is_scipys(radius):
+    """With room around the image, so that a mask at its edge is not eaten from outside."""
+    mask = torch.rand(4, 19, 23, generator=torch.Generator().manual_seed(2)) < 0.2
+    room, square = 2 * radius + 1, np.ones((2 * radius + 1,) * 2)
+    expected = np.stack([
+        ndimage.binary_closing(np.pad(one, room), square)[room:-room, room:-room] for one in mask.numpy()
+    ])
+    assert np.array_equal(close_square(mask, radius).numpy(), expected)
 
 
 def test_hysteresis_keeps_what_holds_a_strong_pixel():
