@@ -73,12 +73,20 @@ class Comparison:
         measured, report = guided(self.runs.model, self.train, self.predictor, strength=0.0)
         self.runs(measured, **(sampling | {"count": MEASURED}))
         distances = self.judge.distances(bare)
-        rows = {"off": self.judge.told(bare, distances) | {"time_gap_by_predictor": mean_gap(report)}}
+        rows = {"off": self.judge.told(bare, distances) | {
+            "time_gap_by_predictor": mean_gap(report), "noise_left": noise_left(bare)}}
         for case, settings in cases.items():
             model, report = guided(self.runs.model, self.train, **settings)
-            rows[case] = self.judge.compared(bare, distances, self.runs(model, **sampling)) | {"time_gap": mean_gap(report)}
+            samples = self.runs(model, **sampling)
+            rows[case] = self.judge.compared(bare, distances, samples) | {
+                "time_gap": mean_gap(report), "noise_left": noise_left(samples)}
         self.figures[name] = rows
         print(f"{name} ({time.perf_counter() - begun:.0f} s)", *rows.items(), sep="\n  ", flush=True)
+
+
+def noise_left(images: torch.Tensor) -> float:
+    """RMS distance from black of the two outermost rows: real images are black there, what is seen is noise."""
+    return round((images[..., :2, :] + 1).square().mean().sqrt().item(), 3)
 
 
 def mean_gap(report) -> float:
