@@ -37,8 +37,8 @@ def gaussian_weights(sigma: float) -> tuple[float, ...]:
 def gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
     """Gaussian blur of each channel over height and width; `sigma` in pixels, 0 gives x back. x: (B, C, H, W).
 
-    By sums of shifted images, not by a convolution: measured on 8 x 4 x 128 x 128, one CPU thread, 1.3 ms against 30, and
-    on GPUs convolutions in float32 may run in TF32, of which a threshold would see the rounding.
+    By sums of shifted images, not by a convolution: measured on 8 x 4 x 128 x 128, one CPU thread, 1.2 ms against
+    kornia's 4.7, and on GPUs convolutions in float32 may run in TF32, of which a threshold would see the rounding.
     """
     radius = blur_radius(sigma)
     if radius == 0:
