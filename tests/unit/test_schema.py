@@ -260,11 +260,15 @@ def imports(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=[path.relative_to(ROOT).as_posix() for path in SOURCES])
 def test_imports(path):
-    """Our modules by relative imports within the pack, others from a short list; kernels know nothing of ComfyUI."""
+    """Our modules by relative imports within the pack, others from a short list; kernels know nothing of ComfyUI.
+
+    Triton is imported by the files that only the dispatcher imports, and by it alone.
+    """
     folders = path.relative_to(ROOT).parts[:-1]
-    kernel = folders[0] == "kernels"
-    allowed = SHARED | sys.stdlib_module_names | (set() if kernel else COMFYUI)
+    kernel, form = folders[0] == "kernels", path.stem.endswith("_triton")
+    allowed = SHARED | sys.stdlib_module_names | (set() if kernel else COMFYUI) | ({"triton"} if form else set())
     for module, level in imports(path):
+        assert not module.endswith("_triton"), f"{module}: to be imported by the dispatcher, when it is chosen"
         if level == 0:
             assert module.split(".")[0] in allowed, module
             assert not module.startswith("nodes."), f"{module}: `nodes` is ComfyUI's module here"
