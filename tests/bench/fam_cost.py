@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-PAIRS = 41
+PAIRS = 21
 DRAWS = 2000
 """Of the bootstrap that gives the median's interval."""
 
@@ -70,7 +70,7 @@ def run(pack, output: Path, data: Path | None) -> dict:
         name, steps, (model, prompt, empty) = "SD 1.5 size, fp16, 512x512", 25, sd15_on_gpu()
     else:
         torch.set_num_threads(1)
-        name, steps, model = "demo model, 32x32, batch 8, one thread, processor time", 10, load_demo_model()[0]
+        name, steps, model = "demo model, 32x32, batch 8, one thread, processor time", 5, load_demo_model()[0]
         prompt, empty = [[class_token(1), {}]], torch.zeros(8, 3, 32, 32)
     flaw_map = torch.rand(1, *empty.shape[-2:], generator=torch.Generator().manual_seed(0))
     models = {"off": model, "on": patch_attention(model, flaw_map, AttentionSettings())}
