@@ -98,6 +98,7 @@ class Watch:
         options = self.settings.options
         travel = None if self.detector is None else self.detector.travel
         self.detector = detector_class(options)(options, self.settings.sensitivity, min(self.layout.size), travel)
+        self.entered = False
         self.before_window: torch.Tensor | None = None
         self.clipped: torch.Tensor | None = None
         self.recent: deque[torch.Tensor] = deque(maxlen=options.reverse_step)
@@ -145,16 +146,22 @@ class Watch:
         return repaired
 
     def _compare(self, previous: Estimate | None, now: Estimate) -> None:
-        """Take one estimate of the window into account."""
-        if self.before_window is None:
-            self.before_window = self.clipped = now.denoised.float()
+        """Take one estimate of the window into account, and keep of it what the correction will need."""
+        correction = self.settings.options.correction
+        if not self.entered:
+            self.entered = True
+            if correction == "state replacement":
+                self.before_window = now.denoised.float()
+            elif correction == "score clipping":
+                self.clipped = now.denoised.float()
         elif previous is not None:
             self.detector.observe(previous, now, self.valid)
-            if self.settings.options.correction == "score clipping":
+            if correction == "score clipping":
                 limit = self.detector.change_limit(previous, now, self.valid)
                 limit = torch.full_like(now.denoised[:, 0, 0, 0], torch.inf, dtype=torch.float32) if limit is None else limit
                 self.clipped = clip_change(self.clipped, previous, now, limit)
-        self.recent.append(now.denoised)
+        if correction == "targeted":
+            self.recent.append(now.denoised)
 
     def _decide(self, now: Estimate, steps_left: int) -> tuple[torch.Tensor | None, ...]:
         """End the round: record the regions. Gives the repaired frames, the regions and where the frames were renoised,
