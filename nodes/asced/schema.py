@@ -4,9 +4,9 @@ import json
 
 from comfy_api.latest import io, ui
 
-import comfy.samplers
 import nodes as core_nodes
 
+from ..sampler_inputs import sampler_inputs
 from .guard import guard_model
 from .options import CORRECTIONS, DETECTORS, MODES, WINDOWS, AscedOptions, GuardSettings
 from .pictures import draw_curves, draw_overlay
@@ -204,20 +204,8 @@ class ASCEDKSampler(io.ComfyNode):
             hidden=[io.Hidden.extra_pnginfo],
             inputs=[
                 io.Model.Input("model", tooltip="The model used for denoising."),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="The seed of the noise. The same seed gives the same result.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of steps; the guard needs 3."),
-                io.Float.Input(
-                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                    tooltip="Classifier-free guidance scale: higher follows the prompt more closely.",
-                ),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampling algorithm."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise falls over the steps."
+                *sampler_inputs(
+                    "The seed of the noise. The same seed gives the same result.", "Number of steps; the guard needs 3."
                 ),
                 io.Conditioning.Input("positive", tooltip="What the image should show."),
                 io.Conditioning.Input("negative", tooltip="What it should not show."),

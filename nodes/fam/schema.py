@@ -4,8 +4,7 @@ import json
 
 from comfy_api.latest import io, ui
 
-import comfy.samplers
-
+from ..sampler_inputs import sampler_inputs
 from .attention import TARGETS, AttentionSettings, patch_attention
 from .grad_cam import flaw_map as make_flaw_map
 from .highlighter_schema import (
@@ -150,21 +149,7 @@ class FAMRefine(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the image should show."),
                 io.Conditioning.Input("negative", tooltip="What it should not show."),
                 io.Latent.Input("latent", tooltip="The images to refine. A noise mask on it limits where."),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="The seed of the noise; each round uses the next one.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of steps a round."),
-                io.Float.Input(
-                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                    tooltip="Classifier-free guidance scale: higher follows the prompt more closely.",
-                ),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampling algorithm."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise falls over the steps."
-                ),
+                *sampler_inputs("The seed of the noise; each round uses the next one.", "Number of steps a round."),
                 io.Float.Input(
                     "denoise", default=0.35, min=0.01, max=1.0, step=0.01,
                     tooltip="How much of a region is forgotten: higher redraws more freely.",
