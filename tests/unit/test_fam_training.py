@@ -89,6 +89,19 @@ def test_grey_and_rgba_images_train(channels):
     assert training.train_images[REAL].shape[1] == 3 and training.best_epoch == 1
 
 
+def test_vgg16_learns_from_nothing():
+    """Without a file to start from: 72 images with a grid and their originals, four times seen, tell new ones apart."""
+    real = images(80, seed=1)
+    generated = spoil(real, size=14)[0]
+    with torch.inference_mode():
+        judge, training = session.train_highlighter(
+            real, generated, settings(epochs=4, batch_size=16, rate=1e-4, size=48, backbone="vgg16")
+        )
+    sound, flawed = (judge.generated_probability(batch) for batch in (images(30, seed=13), spoil(images(30, seed=11), 14)[0]))
+    assert training.losses[-1] < 0.5 * training.losses[0]
+    assert (flawed[:, None] > sound[None]).float().mean() > 0.9
+
+
 def test_best_epoch_is_kept(monkeypatch):
     """Scores 0.6, 0.9, 0.7: the network after the second epoch is what comes out."""
     training = Training(images(10), images(10, seed=4), settings(3), CPU)
