@@ -73,7 +73,7 @@ def energy_posterior(
     coarse = torch.linspace(noisiest, LOG_SNR_RANGE[1], COARSE, device=u.device).expand(len(u), -1)
     centre = coarse.gather(1, log_likelihood(coarse).argmax(dim=1, keepdim=True))
     spread = (2.0 / max(n, 1.0)) ** 0.5 / alpha_and_variance(centre)[0].square()
-    half = torch.clamp(4.0 * spread, min=2.0 * float(coarse[0, 1] - coarse[0, 0]))
+    half = torch.clamp(4.0 * spread, min=2.0 * (LOG_SNR_RANGE[1] - noisiest) / (COARSE - 1))
     levels = (centre + half * torch.linspace(-1.0, 1.0, NODES, device=u.device)).clamp(noisiest, LOG_SNR_RANGE[1])
     return Posterior(levels, log_likelihood(levels).softmax(dim=1))
 
