@@ -1,19 +1,19 @@
-"""P4: what guidance costs, beside core's PerturbedAttentionGuidance and SelfAttentionGuidance: runs interleaved, medians of pairs.
+"""P4: what guidance costs, beside core's PerturbedAttentionGuidance and SelfAttentionGuidance: runs interleaved, medians
+of rounds; by the clock on a GPU, else in processor time.
 
 The demo model, and a UNet of Stable Diffusion 1.5's size with random weights in fp16 at 512x512. Without a GPU that one is
 narrower, smaller and in fp32, which says so, and its ratios are not P4's. `dev.py bench tag_cost` runs it alone. Training
 to the time gap of P7 is timed by `dev.py train-time-predictor`.
 """
 
-import statistics
-import time
-
-import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.supported_models import SD15 as SD15Config
 
+from .full_models import SD15, build
 from .tag_runs import guided
+from .timing import in_turns
 
 STEPS, REPEATS, BATCH = 25, 5, 4
 CFG = 4.0
@@ -22,56 +22,22 @@ CFG = 4.0
 
 def sd15_sized(width: int, side: int, dtype: torch.dtype):
     """(model, latent shape, context): ComfyUI's own SD 1.5 UNet with random weights; `width` is 320 in the real one."""
-    from comfy.supported_models import SD15
-
-    config = SD15(SD15.unet_config | {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": width, "num_res_blocks": [2, 2, 2, 2],
-        "channel_mult": (1, 2, 4, 4), "num_heads": 8, "num_head_channels": -1,
-        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_output": [1] * 9 + [0] * 3,
-        "transformer_depth_middle": 1, "use_spatial_transformer": True, "legacy": False,
-    })
-    config.set_inference_dtype(dtype, None)
-    device = comfy.model_management.get_torch_device()
-    model = config.get_model({}, device=device)
-    random = torch.Generator(device).manual_seed(0)
-    for parameter in model.diffusion_model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=random, device=device, dtype=dtype) * 0.02
-    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
-    return patcher, (1, 4, side, side), torch.zeros(1, 77, 768)
-
-
-def timed(model, shape, context, cfg: float) -> float:
-    """Seconds of one run."""
-    latent = torch.zeros(shape)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
-    cuda = torch.cuda.is_available()
-    with torch.inference_mode():
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        comfy.sample.sample_custom(
-            model, comfy.sample.prepare_noise(latent, 0), cfg, comfy.samplers.sampler_object("euler"), sigmas,
-            [[context, {}]], [[context, {}]], latent, disable_pbar=True, seed=0)
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    return build(SD15Config, SD15 | {"model_channels": width}, dtype), (1, 4, side, side), torch.zeros(1, 77, 768)
 
 
 def measure(cases: dict, shape, context, cfg: float = 1.0) -> dict:
-    """Median ratio to `off`, pair by pair, with the smallest and the largest."""
-    for model in cases.values():
-        timed(model, shape, context, cfg)
-    seconds = {name: [] for name in cases}
-    for repeat in range(REPEATS):
-        order = list(cases) if repeat % 2 == 0 else list(cases)[::-1]
-        for name in order:
-            seconds[name].append(timed(cases[name], shape, context, cfg))
-    told = {}
-    for name, values in seconds.items():
-        ratios = sorted(value / bare for value, bare in zip(values, seconds["off"]))
-        told[name] = {"seconds": round(statistics.median(values), 3), "ratio": round(statistics.median(ratios), 3),
-                      "from": round(ratios[0], 3), "to": round(ratios[-1], 3)}
-    return told
+    """Median seconds, and the median ratio to `off`, round by round, with its interval."""
+    latent = torch.zeros(shape)
+    prompt, sampler = [[context, {}]], comfy.samplers.sampler_object("euler")
+
+    def run_of(model):
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
+        return lambda seed: comfy.sample.sample_custom(
+            model, comfy.sample.prepare_noise(latent, seed), cfg, sampler, sigmas, prompt, prompt, latent,
+            disable_pbar=True, seed=seed,
+        )
+
+    return in_turns({name: run_of(model) for name, model in cases.items()}, REPEATS, "off")
 
 
 def untrained(model, size: tuple[int, int]):
