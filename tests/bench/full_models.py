@@ -65,6 +65,9 @@ def build(config_class, sizes: dict, dtype: torch.dtype) -> comfy.model_patcher.
             weight.normal_(0.0, scale, generator=generator)
             if weight.ndim == 1 and name.endswith(("weight", "scale")):
                 weight.add_(1.0)
+        for name, table in model.diffusion_model.named_buffers():
+            if name.endswith("pos_embed"):
+                table.zero_()
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 

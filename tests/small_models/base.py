@@ -67,6 +67,9 @@ def initialise(network: torch.nn.Module, seed: int) -> None:
             else:
                 noise = 0.1 * noise
             weight.copy_(noise)
+        for name, table in network.named_buffers():  # SD 3's table of positions: part of its checkpoints, never computed
+            if name.endswith("pos_embed"):
+                table.copy_(0.1 * torch.randn(table.shape, generator=generator))
 
 
 def build(config_class, sizes: dict, seed: int, state_dict: dict | None = None) -> comfy.model_patcher.ModelPatcher:
