@@ -16,7 +16,7 @@ from tests.small_models import small_model
 class RoughPlaces(torch.nn.Module):
     """Calls an image generated for its rough places: differences of neighbouring pixels, pooled by four."""
 
-    def __init__(self, threshold: float = 0.1):
+    def __init__(self, threshold: float = 0.06):
         super().__init__()
         self.threshold = torch.nn.Parameter(torch.tensor(threshold))
 
