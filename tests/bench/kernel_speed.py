@@ -108,7 +108,6 @@ def run(pack, output: Path, data: Path | None) -> dict:
         reason = "not measured: Triton compiles for a GPU only, and there is none"
         print(reason, flush=True)
         return {"skipped": reason}
-    from artifact_guard.kernels import kv_scale, regions, renoise, robust_threshold, score_dynamics  # noqa: F401: they register
     from artifact_guard.kernels.dispatch import KERNELS
 
     copy = bandwidth()

@@ -9,7 +9,6 @@ from tests.bench.exact_runs import BATCH, guarded_run, trapped_batch
 from tests.exact.denoiser import ExactDenoiser
 from tests.exact.images import shape_images
 from tests.exact.model import exact_model
-from tests.exact.truth import clean_floors, region_log_likelihood
 
 options = artifact_guard.nodes.asced.options
 LOOK = options.GuardSettings(mode="detect only")
