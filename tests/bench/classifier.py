@@ -34,26 +34,31 @@ class Classifier(torch.nn.Module):
         return self.head(self.features(images))
 
 
-def trained_classifier(images: torch.Tensor, labels: torch.Tensor, cache: Path, seed: int = 0) -> Classifier:
-    """A classifier trained on images (N, 3, 32, 32), or the one an earlier call left in the folder `cache`."""
+def trained_classifier(images: torch.Tensor, labels: torch.Tensor, cache: Path, seed: int = 0, device="cpu") -> Classifier:
+    """A classifier trained on images (N, 3, 32, 32), or the one an earlier call left in the folder `cache`; on the CPU.
+
+    device: where it is trained. All draws are the CPU's, so that another device changes roundings only, but for dropout.
+    """
     path = cache / f"classifier-{seed}-{EPOCHS}.safetensors"
     torch.manual_seed(seed)
     model = Classifier()
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval()
+    model.to(device)
     steps = EPOCHS * (len(images) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(steps), desc="classifier", mininterval=5):
         chosen = torch.randint(len(images), (BATCH,), generator=generator)
-        loss = F.cross_entropy(model(images[chosen]), labels[chosen])
+        loss = F.cross_entropy(model(images[chosen].to(device)), labels[chosen].to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
     cache.mkdir(parents=True, exist_ok=True)
+    model.cpu()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     return model.eval()
 

