@@ -5,7 +5,7 @@ import signal
 import sys
 import tempfile
 
-if "--gpu" not in sys.argv:
+if "--gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the answer
     # Triton asks when it is imported, and torch imports it: interpreted on the CPU here, compiled with --gpu.
     os.environ["TRITON_INTERPRET"] = "1"
 

