@@ -16,9 +16,12 @@ import torch
 VARIABLE = "ARTIFACT_GUARD_KERNELS"
 """Environment variable: auto (as if unset), torch, or triton."""
 
-FASTER: dict[str, int] = {}
-"""Kernels whose Triton form was measured to be faster on a GPU, and the number of elements from which on. It is empty as
-long as nobody has run `dev.py bench kernels` on one: then every kernel runs by torch."""
+FASTER: dict[str, int] = {
+    "bend_map": 16384, "change_maps": 4096, "change_speed": 4096, "label_regions": 1024, "median_and_mad": 1024, "renoise": 4096,
+    "sample_median": 1024, "sample_quantile": 16384, "scale_pair": 2_000_000,
+}
+"""Kernels whose Triton form was measured to be faster on a GPU (NVIDIA H200, torch 2.11), and the number of elements of the
+largest tensor from which on: the smallest size at which `dev.py bench kernels` was run. A kernel that is not here runs by torch."""
 
 Unfit = Callable[[list[torch.Tensor]], str | None]
 """Says of tensors why a Triton form cannot take them, None if it can."""
