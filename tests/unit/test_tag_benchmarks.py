@@ -1,6 +1,7 @@
 """The benchmarks of TAG that need a GPU or data of the user's run through, at a tiny size."""
 
 import io
+import json
 import types
 import zipfile
 
@@ -33,12 +34,13 @@ def test_cifar10_model_is_trained_and_compared(archive, tmp_path, monkeypatch):
     monkeypatch.setattr(tag_cifar10, "NOISES", (0.2,))
     monkeypatch.setattr(tag_cifar10, "FEW_STEPS", (1,))
     monkeypatch.setattr(tag_cifar10, "STEPS", 2)
-    monkeypatch.setattr(tag_demo, "MEASURED", 4)
-    figures = tag_cifar10.run(artifact_guard, tmp_path / "out", None, archive, tag_cifar10.TINY)
-    assert figures["size"]["steps"] == 2 and 0 <= figures["classifier_accuracy"] <= 1
+    figures = tag_cifar10.run(artifact_guard, tmp_path / "out", None, archive, size=tag_cifar10.TINY)
+    assert figures["training"]["steps"] == 2 and 0 <= figures["classifier_accuracy"] <= 1
     for case in ("1 steps", "noise 0.2"):
-        assert set(figures[case]) == {"off", "training-free (default)", "predictor"}
-        assert len(figures[case]["predictor"]["KID_ratio"]) == 3
+        assert set(figures["cases"][case]) == {"off", "training-free (default)", "predictor"}
+        assert len(figures["cases"][case]["predictor"]["KID_ratio"]) == 3
+        assert figures["cases"][case]["off"]["pairs"] == 16
+    json.dumps(figures)
     assert (tmp_path / "out" / "cifar10-32" / "checkpoint.safetensors").exists()
 
 
@@ -74,5 +76,5 @@ def test_exact_toy_has_the_exact_score():
 
 
 def test_demo_runs_take_another_model():
-    runs = tag_demo.DemoRuns(artifact_guard.nodes.demo.model, marker := types.SimpleNamespace())
+    runs = tag_demo.DemoRuns(artifact_guard.nodes.demo.model, tag_demo.ON_CPU, marker := types.SimpleNamespace())
     assert runs.model is marker
