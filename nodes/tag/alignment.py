@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from .levels import LOG_SNR_RANGE, alpha_and_variance
 from .posterior import Posterior, column, mean_square
@@ -36,10 +37,11 @@ def closed_form(u: torch.Tensor, denoised: torch.Tensor, level: torch.Tensor, po
         level: (B,) log-SNR of the step, t_i.
     """
     alpha, v = alpha_and_variance(level)
-    alphas, variances = alpha_and_variance(posterior.levels)
-    of_u = (posterior.gamma / variances).sum(dim=1) - 1 / v
-    of_denoised = alpha / v - (posterior.gamma * alphas / variances).sum(dim=1)
-    return column(of_u, u) * u + column(of_denoised, u) * denoised
+    alphas, variances = posterior.coefficients
+    shares = posterior.gamma / variances
+    of_u = shares.sum(dim=1) - 1 / v
+    of_denoised = alpha / v - (shares * alphas).sum(dim=1)
+    return torch.addcmul(column(of_u, u) * u, column(of_denoised, u), denoised)
 
 
 def published_gradient(u: torch.Tensor, level: torch.Tensor, judge: Callable, levels: torch.Tensor) -> torch.Tensor:
@@ -62,19 +64,18 @@ def surplus(posterior: Posterior, level: torch.Tensor) -> torch.Tensor:
     The factor gap^2 / (gap^2 + spread^2) is Wiener's: a gap as small as the posterior's own spread counts half. A
     sample with too little noise counts as aligned.
     """
-    mean, spread = posterior.log_variance()
-    gap = (mean - torch.log(alpha_and_variance(level)[1])).clamp_min(0.0)
-    return gap.pow(3) / (gap.square() + spread.square()).clamp_min(1e-12)
+    mean, spread = posterior.moments
+    gap = (mean - F.logsigmoid(-level)).clamp_min(0.0)
+    squares = gap.square()
+    return gap * squares / torch.addcmul(squares, spread, spread).clamp_min(1e-12)
 
 
 def sample_level(posterior: Posterior | None, level: torch.Tensor, strength: float) -> torch.Tensor:
     """The level (B,) at which to ask the model: the sample's own at strength 1 and above, the step's at 0."""
     if posterior is None:
         return level
-    v = alpha_and_variance(level)[1]
-    v = (v.log() + min(strength, 1.0) * surplus(posterior, level)).exp()
-    noisier = torch.logit(1 - v.clamp(max=MOST_NOISE)).clamp_min(LOG_SNR_RANGE[0])
-    return torch.minimum(level, noisier)
+    log_v = torch.add(F.logsigmoid(-level), surplus(posterior, level), alpha=min(strength, 1.0)).clamp(max=math.log(MOST_NOISE))
+    return torch.minimum(level, torch.log1p(-log_v.exp()) - log_v)
 
 
 def root_mean_square(x: torch.Tensor) -> torch.Tensor:

@@ -110,17 +110,16 @@ class GuidedRun:
     def predict_noise(self, executor, x, timestep, model_options={}, seed=None):
         """Wrapper around one prediction: same arguments, same kind of result, the clean estimate (B, ...)."""
         sigma = timestep.reshape(-1).float().expand(len(x))
-        u, level = self.process.vp(x, sigma), self.process.level(sigma)
+        level, scale = self.process.level_and_scale(sigma)
+        u = self.process.vp(x, scale)
 
         def ask(u_asked: torch.Tensor, level_asked: torch.Tensor) -> torch.Tensor:
             if level_asked is level:
-                asked, scale = timestep, self.process.scale(sigma)
+                asked, moved = timestep, x if u_asked is u else u_asked * column(scale, u_asked)
             else:
-                asked = self.process.noisier(sigma, level_asked)
-                scale = self.process.scale(asked)
-                asked = asked.to(timestep.dtype)
-            moved = x if u_asked is u and asked is timestep else (u_asked * column(scale, u_asked)).to(x.dtype)
-            return executor(moved, asked, model_options, seed)
+                asked = self.process.noisier(sigma, level, level_asked)
+                moved = u_asked * column(self.process.level_and_scale(asked)[1], u_asked)
+            return executor(moved.to(x.dtype), asked.to(timestep.dtype), model_options, seed)
 
         denoised, posterior = self.steering.estimate(ask, x, u, level, self._within(timestep))
         self.record.add_step(level, posterior)

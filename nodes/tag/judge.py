@@ -4,6 +4,8 @@ import copy
 
 import torch
 
+import comfy.utils
+
 from ..latents import FrameLayout
 from .alignment import published_gradient
 from .posterior import column
@@ -14,14 +16,15 @@ class Judge:
     """u -> logits over the predictor's levels, for a sampler's tensor.
 
     The frames of a video share their noise level: their logits are averaged. A conditional predictor is asked with the
-    run's positive conditions and the answers averaged; without any it answers for all conditions.
+    run's positive conditions and the answers averaged; without any it answers for all conditions. A condition that holds
+    one entry a sample is told to each sample by itself, as the model is.
     """
 
     def __init__(self, predictor: TimePredictor, device: torch.device, layout: FrameLayout, guider):
         with torch.inference_mode(False):
             self.network = copy.deepcopy(predictor.network).to(device)
             self.levels = predictor.levels.clone().to(device)
-            self.conditions = run_conditions(predictor, guider, device)
+            self.conditions = run_conditions(predictor, guider, layout, device)
         self.layout = layout
 
     def __call__(self, u: torch.Tensor) -> torch.Tensor:
@@ -30,7 +33,7 @@ class Judge:
         return torch.stack(answers).mean(dim=0)
 
     def logits(self, u: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
-        """(B, K) under one condition (1, D) or None."""
+        """(B, K) under one condition (1 or B * T, D) or None."""
         per_frame = self.network(self.layout.frames(u), condition)
         return per_frame.unflatten(0, (self.layout.batch, -1)).mean(dim=1)
 
@@ -49,13 +52,19 @@ class Judge:
             return (moved - u) / omega
 
 
-def run_conditions(predictor: TimePredictor, guider, device: torch.device) -> list[torch.Tensor]:
-    """The means over tokens of a run's positive conditions, each (1, D); none for an unconditional predictor."""
+def run_conditions(predictor: TimePredictor, guider, layout: FrameLayout, device: torch.device) -> list[torch.Tensor]:
+    """The means over tokens of a run's positive conditions, each (1, D), or (B * T, D) where samples have their own; none
+    for an unconditional predictor.
+    """
     if not predictor.condition_dim:
         return []
     conditions = []
     for entry in guider.original_conds.get("positive") or []:
         tokens = entry.get("cross_attn")
         if tokens is not None and tokens.shape[-1] == predictor.condition_dim:
-            conditions.append(tokens.detach().clone().float().mean(dim=1)[:1].to(device))
+            means = tokens.detach().clone().float().mean(dim=1).to(device)
+            if len(means) > 1:
+                each = comfy.utils.repeat_to_batch_size(means, layout.batch)
+                means = each.repeat_interleave(layout.frames_per_sample, dim=0)
+            conditions.append(means)
     return conditions

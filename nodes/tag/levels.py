@@ -4,6 +4,7 @@ u is the sample in variance-preserving form, u = alpha * x0 + sqrt(v) * eps with
 v = 1 - abar_t). A level is its log-SNR 2 ln(a / b), which every model family shares.
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,10 @@ TIMES = 1000
 POINTS = 201
 """Times at which a schedule is read off; between them it is interpolated."""
 
+_READ = weakref.WeakKeyDictionary()
+"""Schedules that were read off, by the model's sampling object, each with its ends and its middle: should somebody change
+the object, they differ and it is read again."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -33,15 +38,21 @@ class Schedule:
 
     @classmethod
     def of(cls, model_sampling) -> "Schedule":
-        """Read off the model's own percent_to_sigma and noise_scaling.
+        """Read off the model's own percent_to_sigma and noise_scaling, once: on a GPU it takes longer than a model call.
 
         Its ends stand for "pure noise" and "no noise" with some models: they are drawn in to sigma_max and sigma_min.
         """
+        low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
+        ends = (low, high, float(model_sampling.percent_to_sigma(0.5)))
+        known = _READ.get(model_sampling)
+        if known is not None and known[0] == ends:
+            return known[1]
         times = torch.linspace(0.0, TIMES, POINTS, dtype=torch.float64)
         sigmas = [float(model_sampling.percent_to_sigma(1.0 - float(time) / TIMES)) for time in times]
-        low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
         sigmas = torch.tensor(sigmas, dtype=torch.float64).clamp(low, high)
-        return cls(times, sigmas, log_snr(*coefficients(model_sampling, sigmas)))
+        read = cls(times, sigmas, log_snr(*coefficients(model_sampling, sigmas)))
+        _READ[model_sampling] = (ends, read)
+        return read
 
     def time(self, level: torch.Tensor | float) -> torch.Tensor:
         """Times 0..TIMES of log-SNRs; the nearest end beyond the schedule."""
@@ -69,7 +80,7 @@ def coefficients(model_sampling, sigma: torch.Tensor) -> tuple[torch.Tensor, tor
     """a and b (B,) of x = a * x0 + b * eps at sigmas (B,), in their dtype, read off the model itself."""
     zero, one = torch.zeros_like(sigma)[:, None], torch.ones_like(sigma)[:, None]
     a = model_sampling.noise_scaling(sigma, zero.clone(), one.clone())
-    b = model_sampling.noise_scaling(sigma, one.clone(), zero.clone())
+    b = model_sampling.noise_scaling(sigma, one, zero)
     return a[:, 0], b[:, 0]
 
 

@@ -4,6 +4,7 @@ All in the variance-preserving form u = alpha * x0 + sqrt(v) * eps; samples (B, 
 by itself.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,12 +23,22 @@ class Posterior:
     levels: torch.Tensor
     gamma: torch.Tensor
 
-    def log_variance(self) -> tuple[torch.Tensor, torch.Tensor]:
+    @functools.cached_property
+    def coefficients(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha and v of the levels, each (B, K)."""
+        return alpha_and_variance(self.levels)
+
+    @functools.cached_property
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of ln v under the posterior, each (B,)."""
-        values = torch.log(alpha_and_variance(self.levels)[1])
+        values = self.coefficients[1].log()
         mean = (self.gamma * values).sum(dim=1)
         spread = (self.gamma * (values - mean[:, None]).square()).sum(dim=1)
         return mean, spread.clamp_min(0).sqrt()
+
+    def log_variance(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `moments`."""
+        return self.moments
 
     def likeliest(self) -> torch.Tensor:
         """The level with the largest share, (B,)."""
@@ -39,13 +50,61 @@ def column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def mean_square(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean of x^2 over everything but the batch, (B,) float32; `weight` (B, 1, ...) says which positions count."""
-    squares = x.float().square()
+def mean_product(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of x * y over everything but the batch, (B,) float32; `weight` (B, 1, ...) says which positions count."""
+    products = x.float() * y.float()
     if weight is None:
-        return squares.flatten(1).mean(dim=1)
-    weight = weight.float().expand(squares.shape).flatten(1)
-    return (squares.flatten(1) * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
+        return products.flatten(1).mean(dim=1)
+    weight = weight.float().expand(products.shape).flatten(1)
+    return (products.flatten(1) * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
+
+
+def mean_square(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of x^2, as in mean_product."""
+    return mean_product(x, x, weight)
+
+
+class EnergyGrid:
+    """The levels among which an energy's posterior is looked for: the coarse ones and what they need, made once.
+
+    The expressions below are written for few operations, each of which is a launch on a GPU at every step of a run.
+
+    Args:
+        noisiest: the lowest log-SNR that a sample can have.
+        dimensions: n, how many values of a sample count.
+    """
+
+    def __init__(self, noisiest: float, dimensions: float, device: torch.device):
+        self.noisiest, self.dimensions = noisiest, dimensions
+        self.coarse = torch.linspace(noisiest, LOG_SNR_RANGE[1], COARSE, device=device)[None]
+        self.of_coarse = self._terms(*alpha_and_variance(self.coarse))
+        self.around = torch.linspace(-1.0, 1.0, NODES, device=device)[None]
+        self.least_half = 2.0 * (LOG_SNR_RANGE[1] - noisiest) / (COARSE - 1)
+        self.spread = 4.0 * (2.0 / max(dimensions, 1.0)) ** 0.5
+
+    @staticmethod
+    def _terms(alpha: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return -2.0 * alpha, alpha.square(), v.reciprocal(), v.log()
+
+    def _log_likelihood(self, terms: tuple[torch.Tensor, ...], of_u, across, of_anchor) -> torch.Tensor:
+        minus_two_alpha, alpha_squared, precision, log_v = terms
+        energy = torch.addcmul(torch.addcmul(of_u, minus_two_alpha, across), alpha_squared, of_anchor).clamp_min(0.0)
+        return (torch.addcmul(log_v, energy, precision) * (-0.5 * self.dimensions)).nan_to_num(-1e30)
+
+    def posterior(self, of_u: torch.Tensor, across: torch.Tensor, of_anchor: torch.Tensor) -> Posterior:
+        """p(level | u) from the mean squares of u and of the anchor and from the mean of their product, each (B,).
+
+        log p(u | level) = -n/2 (ln v + |u - alpha * anchor|^2 / (n v)) + const, every level equally likely before. Found
+        on the coarse grid over all levels, kept on a fine one, as wide as four of its standard deviations, sqrt(2 / n) in
+        ln v.
+        """
+        means = of_u[:, None], across[:, None], of_anchor[:, None]
+        chosen = self._log_likelihood(self.of_coarse, *means).argmax(dim=1)
+        centre = self.coarse[0][chosen][:, None]
+        half = (self.spread / torch.sigmoid(centre)).clamp_min(self.least_half)
+        levels = torch.addcmul(centre, half, self.around).clamp(self.noisiest, LOG_SNR_RANGE[1])
+        terms = self._terms(*alpha_and_variance(levels))
+        return Posterior(levels, self._log_likelihood(terms, *means).softmax(dim=1))
 
 
 def energy_posterior(
@@ -53,34 +112,18 @@ def energy_posterior(
 ) -> Posterior:
     """p(level | u) if u is alpha * anchor + noise: from the energy that remains when the anchor is taken away.
 
-    With n dimensions, log p(u | level) = -n/2 (ln v + |u - alpha * anchor|^2 / (n v)) + const, every level equally
-    likely before. Found on a coarse grid over all levels, kept on a fine one, as wide as four of its standard
-    deviations, sqrt(2 / n) in ln v.
-
     Args:
         anchor: (B, ...), a clean estimate. weight: which positions count, as in mean_square.
         noisiest: the lowest log-SNR that a sample can have.
     """
-    of_u, of_anchor = mean_square(u, weight), mean_square(anchor, weight)
-    across = (mean_square(u + anchor, weight) - mean_square(u - anchor, weight)) / 4
-    n = u[0].numel() * (1.0 if weight is None else float(weight.float().mean()))
-
-    def log_likelihood(levels: torch.Tensor) -> torch.Tensor:
-        alpha, v = alpha_and_variance(levels)
-        energy = of_u[:, None] - 2 * alpha * across[:, None] + alpha.square() * of_anchor[:, None]
-        return (-0.5 * n * (v.log() + energy.clamp_min(0.0) / v)).nan_to_num(-1e30)
-
-    coarse = torch.linspace(noisiest, LOG_SNR_RANGE[1], COARSE, device=u.device).expand(len(u), -1)
-    centre = coarse.gather(1, log_likelihood(coarse).argmax(dim=1, keepdim=True))
-    spread = (2.0 / max(n, 1.0)) ** 0.5 / alpha_and_variance(centre)[0].square()
-    half = torch.clamp(4.0 * spread, min=2.0 * (LOG_SNR_RANGE[1] - noisiest) / (COARSE - 1))
-    levels = (centre + half * torch.linspace(-1.0, 1.0, NODES, device=u.device)).clamp(noisiest, LOG_SNR_RANGE[1])
-    return Posterior(levels, log_likelihood(levels).softmax(dim=1))
+    share = 1.0 if weight is None else float(weight.float().mean())
+    grid = EnergyGrid(noisiest, u[0].numel() * share, u.device)
+    return grid.posterior(mean_square(u, weight), mean_product(u, anchor, weight), mean_square(anchor, weight))
 
 
 def noisier_of(one: Posterior, other: Posterior) -> Posterior:
     """For each sample the posterior with the larger mean noise."""
-    chosen = (one.log_variance()[0] >= other.log_variance()[0])[:, None]
+    chosen = (one.moments[0] >= other.moments[0])[:, None]
     return Posterior(torch.where(chosen, one.levels, other.levels), torch.where(chosen, one.gamma, other.gamma))
 
 
@@ -100,22 +143,43 @@ class EnergyEstimator:
 
     def __init__(self, weight: torch.Tensor | None = None, noisiest: float = LOG_SNR_RANGE[0]):
         self.weight, self.noisiest = weight, noisiest
+        self.share = 1.0 if weight is None else float(weight.float().mean())
+        self.grid: EnergyGrid | None = None
         self.previous: torch.Tensor | None = None
+        self._squares: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._before: tuple[torch.Tensor, Posterior] | None = None
+
+    def _square(self, x: torch.Tensor) -> torch.Tensor:
+        """mean_square of u and of estimates, each taken once while it is used."""
+        for known, value in self._squares:
+            if known is x:
+                return value
+        self._squares.append((x, mean_square(x, self.weight)))
+        return self._squares[-1][1]
+
+    def _posterior(self, u: torch.Tensor, anchor: torch.Tensor) -> Posterior:
+        dimensions = u[0].numel() * self.share
+        if self.grid is None or self.grid.dimensions != dimensions:
+            self.grid = EnergyGrid(self.noisiest, dimensions, u.device)
+        return self.grid.posterior(self._square(u), mean_product(u, anchor, self.weight), self._square(anchor))
 
     def before(self, u: torch.Tensor, level: torch.Tensor) -> Posterior | None:
         """The posterior known before the model is asked; None at the first step."""
         if self.previous is None or self.previous.shape != u.shape:
             return None
-        return energy_posterior(u, self.previous, self.weight, self.noisiest)
+        if self._before is None or self._before[0] is not u:
+            self._before = (u, self._posterior(u, self.previous))
+        return self._before[1]
 
     def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Posterior:
         """The posterior with the model's estimate at this step, (B, ...), taken into account."""
-        now, before = energy_posterior(u, denoised, self.weight, self.noisiest), self.before(u, level)
+        now, before = self._posterior(u, denoised), self.before(u, level)
         return now if before is None else noisier_of(before, now)
 
     def keep(self, denoised: torch.Tensor) -> None:
         """The model's own estimate at this step, before any correction: it stands for the image at the next one."""
-        self.previous = denoised
+        self.previous, self._before = denoised, None
+        self._squares = [known for known in self._squares if known[0] is denoised]
 
 
 class NetworkEstimator:

@@ -15,26 +15,27 @@ class Process:
     def __init__(self, model_sampling, schedule: Schedule, device: torch.device):
         self.model_sampling = model_sampling
         self.sigmas = schedule.sigmas.flip(0).float().to(device)
+        self.log_sigmas = self.sigmas.log()
         self.levels = schedule.log_snr.flip(0).float().to(device)
 
-    def level(self, sigma: torch.Tensor) -> torch.Tensor:
-        """log-SNR (B,) at sigmas (B,)."""
-        return log_snr(*coefficients(self.model_sampling, sigma))
-
-    def scale(self, sigma: torch.Tensor) -> torch.Tensor:
-        """sqrt(a^2 + b^2), (B,): x = scale * u."""
+    def level_and_scale(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log-SNR, and sqrt(a^2 + b^2), x = scale * u, each (B,), at sigmas (B,)."""
         a, b = coefficients(self.model_sampling, sigma)
-        return (a.square() + b.square()).sqrt()
+        return log_snr(a, b), torch.addcmul(a * a, b, b).sqrt()
 
-    def vp(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def vp(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """u = x / sqrt(a^2 + b^2), float32."""
-        return x.float() / column(self.scale(sigma), x.float())
+        x = x.float()
+        return x / column(scale, x)
 
-    def noisier(self, sigma: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    def noisier(self, sigma: torch.Tensor, own: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """The sigmas (B,) of levels at or above the noise of sigma; sigma itself, bit for bit, where nothing is above.
+
+        Args:
+            own: (B,) level of sigma.
 
         The table's sigma is taken relative to its own value at the step, so that its grain leaves no trace there.
         """
-        known = self.levels, self.sigmas.log()
-        ratio = torch.exp(interpolate(level, *known) - interpolate(self.level(sigma), *known)).clamp_min(1.0)
+        asked, here = interpolate(torch.cat([level, own]), self.levels, self.log_sigmas).chunk(2)
+        ratio = torch.exp(asked - here).clamp_min(1.0)
         return torch.where(ratio > 1.0, torch.minimum(sigma * ratio, self.sigmas[0].clamp_min(sigma.max())), sigma)

@@ -74,21 +74,26 @@ def preview(losses: list[float], title: str) -> tuple:
 def train_steps(trainer: Trainer, steps: int) -> tuple[list[float], bool]:
     """Train with a bar and a live curve on the page; (losses, whether the user cancelled).
 
+    Losses are read when a preview is drawn: until then nothing waits for a GPU.
+
     Raises:
         InterruptProcessingException: cancelled before anything was learned.
     """
-    bar, losses = comfy.utils.ProgressBar(steps), []
+    bar, losses, unread, cancelled = comfy.utils.ProgressBar(steps), [], [], False
     try:
         for step in range(1, steps + 1):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            losses.append(trainer.step())
-            shown = preview(losses, f"Step {step} of {steps}") if step % PREVIEW_EVERY == 0 else None
+            unread.append(trainer.step())
+            shown = None
+            if step % PREVIEW_EVERY == 0:
+                losses, unread = losses + torch.stack(unread).tolist(), []
+                shown = preview(losses, f"Step {step} of {steps}")
             bar.update_absolute(step, steps, shown)
     except comfy.model_management.InterruptProcessingException:
-        if not losses:
+        cancelled = True
+        if not losses and not unread:
             raise
-        return losses, True
-    return losses, False
+    return losses + [loss.item() for loss in unread], cancelled
 
 
 def judged(predictor: TimePredictor, held: TrainingData, schedule: Schedule) -> float:

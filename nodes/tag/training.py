@@ -1,7 +1,8 @@
 """Training of a time predictor: cross-entropy of the true noise level of samples that the forward process made.
 
 Every step draws its batch, levels and noise from a generator seeded by (seed, step), so that a run that was stopped and
-gone on with is the same run, bit for bit.
+gone on with is the same run, bit for bit. On a GPU levels and noise are drawn there, which gives other draws than a CPU,
+and nothing waits for it: a step is many small launches.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,8 @@ CONDITION_DROPOUT = 0.1
 
 HELD_OUT = 0.1
 HELD_OUT_DRAWS = 512
+KEPT_ON_GPU = 0.25
+"""Share of the GPU's free memory that the frames may take there; larger ones stay on the CPU and go over batch by batch."""
 JUDGED_AT_ONCE = 64
 
 
@@ -49,7 +52,12 @@ class TrainingData:
         return self.take(order[held:]), self.take(order[:held])
 
     def take(self, rows: torch.Tensor) -> "TrainingData":
+        """These rows, wherever the data lie."""
+        rows = rows.to(self.frames.device)
         return TrainingData(self.frames[rows], None if self.conditions is None else self.conditions[rows])
+
+    def to(self, device: torch.device) -> "TrainingData":
+        return TrainingData(self.frames.to(device), None if self.conditions is None else self.conditions.to(device))
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,8 @@ class Trainer:
     """
 
     def __init__(self, predictor: TimePredictor, data: TrainingData, settings: TrainingSettings, device: torch.device):
-        self.start, self.data, self.settings, self.device = predictor, data, settings, device
+        self.start, self.settings, self.device = predictor, settings, device
+        self.data = data.to(device) if fits_on_gpu(data, device) else data
         self.steps = predictor.steps
         average = predictor.network.state_dict()
         state = predictor.training
@@ -86,7 +95,8 @@ class Trainer:
         self.network = build_network(state.weights if state else average, *shape).to(device).train().requires_grad_(True)
         self.average = {name: weight.detach().clone().to(device) for name, weight in average.items()}
         self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=RATE * settings.learning_rate, betas=BETAS, eps=EPSILON, foreach=False
+            self.network.parameters(), lr=RATE * settings.learning_rate, betas=BETAS, eps=EPSILON,
+            foreach=device.type == "cuda",
         )
         if state:
             for name, parameter in self.network.named_parameters():
@@ -96,18 +106,10 @@ class Trainer:
                     "exp_avg_sq": state.second[name].clone().to(device),
                 }
 
-    def step(self) -> float:
-        """One step; gives its loss (nats: the logarithm of the number of classes is chance)."""
-        random = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + self.steps) % 2**63)
-        chosen = torch.randint(len(self.data.frames), (self.settings.batch_size,), generator=random)
-        batch = self.data.take(chosen)
-        u, position = noised(batch.frames, self.start.levels, random)
-        condition = batch.conditions
-        if condition is not None:
-            kept = torch.rand(len(condition), 1, generator=random) >= CONDITION_DROPOUT
-            condition = (condition * kept).to(self.device)
-        targets = shared_between_classes(position, len(self.start.levels)).to(self.device)
-        loss = F.cross_entropy(self.network(u.to(self.device), condition), targets)
+    def step(self) -> torch.Tensor:
+        """One step; gives its loss, () on the training's device (nats: the logarithm of the number of classes is chance)."""
+        u, condition, targets = (None if drawn is None else drawn.to(self.device) for drawn in self._draw())
+        loss = F.cross_entropy(self.network(u, condition), targets)
         for group in self.optimizer.param_groups:
             group["lr"] = RATE * self.settings.learning_rate * min(1.0, (self.steps + 1) / WARM_UP)
         self.optimizer.zero_grad(set_to_none=True)
@@ -118,7 +120,21 @@ class Trainer:
         with torch.no_grad():
             for name, weight in self.network.state_dict().items():
                 self.average[name].lerp_(weight, share)
-        return loss.item()
+        return loss.detach()
+
+    def _draw(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """u (B, C, H, W), conditions (B, D) or None and targets (B, classes) of the coming step."""
+        seed = (self.settings.seed * 1_000_003 + self.steps) % 2**63
+        random = torch.Generator().manual_seed(seed)
+        batch = self.data.take(torch.randint(len(self.data.frames), (self.settings.batch_size,), generator=random))
+        if self.device.type == "cuda":
+            batch, random = batch.to(self.device), torch.Generator(self.device).manual_seed(seed)
+        u, position = noised(batch.frames, self.start.levels, random)
+        condition = batch.conditions
+        if condition is not None:
+            kept = torch.rand(len(condition), 1, generator=random, device=condition.device) >= CONDITION_DROPOUT
+            condition = condition * kept
+        return u, condition, shared_between_classes(position, len(self.start.levels))
 
     def result(self) -> TimePredictor:
         """The predictor as it is now, with all that going on with it needs, on the CPU."""
@@ -137,18 +153,28 @@ class Trainer:
         return TimePredictor(network, start.levels, start.kind, self.steps, tuple(self.data.frames.shape[-2:]), training)
 
 
+def fits_on_gpu(data: TrainingData, device: torch.device) -> bool:
+    """Whether the frames may lie on this device during training: a CUDA device with memory to spare."""
+    if device.type != "cuda":
+        return False
+    return data.frames.nbytes <= KEPT_ON_GPU * torch.cuda.mem_get_info(device)[0]
+
+
 def noised(frames: torch.Tensor, levels: torch.Tensor, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """u (B, C, H, W) of clean frames at levels drawn evenly over the grid's range, and their places (B,) among the classes."""
-    position = torch.rand(len(frames), generator=random) * (len(levels) - 1)
+    """u (B, C, H, W) of clean frames at levels drawn evenly over the grid's range, and their places (B,) among the classes.
+
+    Everything is drawn on the frames' device, which is `random`'s.
+    """
+    position = torch.rand(len(frames), generator=random, device=frames.device) * (len(levels) - 1)
     level = levels[0] + (levels[-1] - levels[0]) * position / (len(levels) - 1)
     alpha, variance = (value.reshape(-1, 1, 1, 1) for value in alpha_and_variance(level))
-    u = alpha * frames + variance.sqrt() * torch.randn(frames.shape, generator=random)
+    u = alpha * frames + variance.sqrt() * torch.randn(frames.shape, generator=random, device=frames.device)
     return u, position
 
 
 def shared_between_classes(position: torch.Tensor, classes: int) -> torch.Tensor:
     """Targets (B, classes) of places (B,): the two classes beside each share it, the nearer one has more."""
-    return (1 - (position[:, None] - torch.arange(classes)).abs()).clamp_min(0)
+    return (1 - (position[:, None] - torch.arange(classes, device=position.device)).abs()).clamp_min(0)
 
 
 def held_out_time_gap(

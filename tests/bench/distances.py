@@ -18,7 +18,8 @@ STUDENT = 2.131
 
 
 def statistics(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return features.mean(dim=0), torch.cov(features.T)
+    """Mean and covariance of features (N, d), on the CPU: the eigenproblems of FD are too small for a GPU."""
+    return features.mean(dim=0).cpu(), torch.cov(features.T).cpu()
 
 
 def frechet(one: tuple, other: tuple) -> float:
@@ -86,21 +87,25 @@ class Features:
     """A classifier's features of images, their Frechet distance to real ones, and its opinion of what was asked for.
 
     Args:
+        classifier: features and kernels are computed on its device; images may lie anywhere.
         images: real ones (N, 3, 32, 32). labels: (M,) the class that was asked for in each sample.
     """
 
     def __init__(self, classifier, images: torch.Tensor, labels: torch.Tensor):
-        self.classifier, self.images, self.labels = classifier, images, labels
+        self.device = next(classifier.parameters()).device
+        self.classifier, self.images, self.labels = classifier, images, labels.to(self.device)
         self.real_features = self.of(images)
         self.real = statistics(self.real_features)
 
     @torch.no_grad()
     def of(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.classifier.features(part) for part in images.split(500)]).double()
+        return torch.cat([self.classifier.features(part.to(self.device)) for part in images.split(500)]).double()
 
     @torch.no_grad()
     def log_probability(self, images: torch.Tensor) -> torch.Tensor:
-        return self.classifier(images).log_softmax(dim=1).gather(1, self.labels[: len(images), None])[:, 0]
+        """(M,) of samples, on the CPU."""
+        told = self.classifier(images.to(self.device)).log_softmax(dim=1)
+        return told.gather(1, self.labels[: len(images), None])[:, 0].cpu()
 
     def distance(self, features: torch.Tensor) -> float:
         return frechet(statistics(features), self.real)
@@ -110,12 +115,13 @@ class Judge(Features):
     """Compares pairs of samples, see above."""
 
     REAL = 4000
-    """Real images in KID's kernel; FD takes all."""
+    """Real images in KID's kernel, or half of them if they are fewer; FD takes all."""
 
     def __init__(self, classifier, images: torch.Tensor, labels: torch.Tensor):
         super().__init__(classifier, images, labels)
-        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: self.REAL]
-        self.near = self.real_features[chosen]
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        near = min(self.REAL, len(images) // 2)
+        self.near, self.others = self.real_features[order[:near].to(self.device)], images[order[near:]]
         self.near_mean = float(unbiased_mean(kernel(self.near, self.near)))
 
     def distances(self, images: torch.Tensor) -> dict[str, list[float]]:
@@ -126,9 +132,8 @@ class Judge(Features):
                 "FD_endless": [samples.endless_fd(rows, self.real) for rows in parts]}
 
     def floor(self, count: int) -> dict[str, float]:
-        """The same of `count` real images."""
-        chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(1))[:count]
-        return {name: round(values[0], 3) for name, values in self.distances(self.images[chosen]).items()}
+        """The same of `count` real images, or of as many as are left, none of which is among those in KID's kernel."""
+        return {name: round(values[0], 3) for name, values in self.distances(self.others[:count]).items()}
 
     def told(self, images: torch.Tensor, distances: dict[str, list[float]]) -> dict[str, float]:
         """The figures of samples whose distances were taken."""

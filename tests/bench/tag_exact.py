@@ -1,9 +1,13 @@
 """Q3, first part: cosine and length of each estimate of the time-linked score against the exact one.
 
 The exact denoiser of Fashion-MNIST knows p(t | u) and its gradient. Noise of size s is added after a step of 20, as a
-run would meet it, and every estimate is asked at the sample that results: means over 32 samples.
+run would meet it, and every estimate is asked at the sample that results: medians over 32 samples. Draws are a CPU's, and
+the sums are done where ComfyUI runs models.
 """
 
+import copy
+
+import comfy.model_management
 import torch
 
 from ..exact.denoiser import ExactDenoiser
@@ -18,18 +22,27 @@ BEFORE = 12
 
 
 class Case:
-    """Samples at class `index` of the grid `levels`, after a step from the class BEFORE it and with noise s added."""
+    """Samples at class `index` of the grid `levels`, after a step from the class BEFORE it and with noise s added.
+
+    images: on the CPU. Everything else lies on the denoiser's device.
+    """
 
     def __init__(self, tag, denoiser, images, levels, index: int, noise: float, seed: int = 0):
-        self.tag, self.denoiser, self.levels, self.index = tag, denoiser, levels, index
+        device = denoiser.flat.device
+        self.tag, self.denoiser, self.levels, self.index = tag, denoiser, levels.to(device), index
+        levels = self.levels
         random = torch.Generator().manual_seed(seed)
-        clean = images[torch.randperm(len(images), generator=random)[:SAMPLES]]
+
+        def drawn() -> torch.Tensor:
+            return torch.randn(clean.shape, generator=random).to(device)
+
+        clean = images[torch.randperm(len(images), generator=random)[:SAMPLES]].to(device)
         earlier = max(0, index - BEFORE)
         (alpha, v), (alpha_now, v_now) = (tag.levels.alpha_and_variance(levels[i]) for i in (earlier, index))
-        self.u_before = alpha * clean + v.sqrt() * torch.randn(clean.shape, generator=random)
+        self.u_before = alpha * clean + v.sqrt() * drawn()
         self.before = self.denoised(self.u_before, earlier)
         self.u = alpha_now * self.before + (v_now / v).sqrt() * (self.u_before - alpha * self.before)
-        self.u = self.u + noise * torch.randn(clean.shape, generator=random)
+        self.u = self.u + noise * drawn()
         self.level, self.level_before = (levels[i].expand(SAMPLES) for i in (index, earlier))
         self.estimate = self.denoised(self.u, index)
 
@@ -37,8 +50,8 @@ class Case:
         alpha, v = self.tag.levels.alpha_and_variance(self.levels[index].double())
         return self.denoiser.denoise(u, alpha, v.sqrt()).float()
 
-    def scores(self, predictor) -> dict[str, torch.Tensor]:
-        """Name -> time-linked score, (SAMPLES, C, H, W)."""
+    def scores(self, network) -> dict[str, torch.Tensor]:
+        """Name -> time-linked score, (SAMPLES, C, H, W). network: a time predictor's, for the classes of the grid."""
         closed_form, posterior = self.tag.alignment.closed_form, self.tag.posterior
         sigmas = torch.exp(-0.5 * self.levels.double())
         gamma = log_time_posterior(self.denoiser, self.u, sigmas).exp().float()
@@ -46,16 +59,16 @@ class Case:
         one_call, in_run = posterior.EnergyEstimator(), posterior.EnergyEstimator()
         in_run.after(self.u_before, self.level_before, self.before)
         in_run.keep(self.before)
-        network = posterior.NetworkEstimator(predictor.network, predictor.levels)
+        predictor = posterior.NetworkEstimator(network, self.levels)
         posteriors = {
             "closed form, exact posterior": exact,
             "closed form, training-free (default)": in_run.after(self.u, self.level, self.estimate),
             "closed form, training-free, this step alone": one_call.after(self.u, self.level, self.estimate),
-            "closed form, predictor": network.before(self.u, self.level),
+            "closed form, predictor": predictor.before(self.u, self.level),
         }
         scores = {name: closed_form(self.u, self.estimate, self.level, p) for name, p in posteriors.items()}
         scores["published gradient, predictor"] = self.tag.alignment.published_gradient(
-            self.u, self.level, predictor.network, predictor.levels
+            self.u, self.level, network, self.levels
         )
         return scores
 
@@ -79,13 +92,15 @@ def run(pack, output, data) -> dict:
     predictor = predictor_files.load_predictor("demo_fashion_mnist.safetensors")
     schedule = levels.Schedule.of(pack.nodes.demo.model.load_demo_model()[0].get_model_object("model_sampling"))
     images = data_sets(data, count=2400)["fashion-mnist"]
-    denoiser = ExactDenoiser(images, 0.05)
+    device = comfy.model_management.get_torch_device()
+    denoiser = ExactDenoiser(images, 0.05).to(device)
+    network = copy.deepcopy(predictor.network).to(device)
     figures = {}
     for time in TIMES:
         index = int((predictor.levels - schedule.level(torch.tensor([float(time)])).float()).abs().argmin())
         for noise in NOISES:
             case = Case(tag, denoiser, images, predictor.levels, index, noise)
             truth = case.exact()
-            for name, score in case.scores(predictor).items():
+            for name, score in case.scores(network).items():
                 figures.setdefault(name, {})[f"t {time}, s {noise}"] = against(score, truth)
     return figures

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 from ..harness.contact_sheet import save
 from ..harness.pack import ROOT
 from .data import load_fashion_mnist
-from .tag_demo import DemoRuns
+from .tag_demo import DemoRuns, Sizes
 from .tag_runs import PREDICTOR, guided
 
 SHOWN, NOISE, TILE, GAP, LABEL = 8, 0.2, 96, 4, 150
@@ -43,7 +43,7 @@ def run(pack, output, data) -> dict:
     from artifact_guard.nodes.tag.time_gap import draw_time_gap
 
     train, _ = load_fashion_mnist(data)
-    runs = DemoRuns(pack.nodes.demo.model)
+    runs = DemoRuns(pack.nodes.demo.model, Sizes.here())
     runs.tokens = runs.tokens[:SHOWN]
 
     def pair(noise: float, steps: int, predictor: str):

@@ -2,6 +2,7 @@
 
 import functools
 
+import comfy.model_management
 import comfy.samplers
 import torch
 
@@ -9,15 +10,20 @@ PREDICTOR = "demo_fashion_mnist.safetensors"
 
 
 def noisy_euler(noise: float, seed: int = 77):
-    """Euler's sampler; after every step but the last, noise of this size (in units of u) is added. VE models only."""
+    """Euler's sampler; after every step but the last, noise of this size (in units of u) is added. VE models only.
+
+    The noise is drawn where the sampler runs: the same seed gives the same noise on one kind of device.
+    """
 
     def sample(model_k, x, sigmas, extra_args=None, callback=None, disable=None):
-        random = torch.Generator().manual_seed(seed)
-        for sigma, after in zip(sigmas, sigmas[1:]):
+        random = torch.Generator(x.device).manual_seed(seed)
+        last = len(sigmas) - 2
+        for step, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
             denoised = model_k(x, sigma * x.new_ones(len(x)), **extra_args)
             x = denoised + (after / sigma) * (x - denoised)
-            if after > 0 and noise > 0:
-                x = x + noise * (1 + after.square()).sqrt() * torch.randn(x.shape, generator=random).to(x)
+            if step < last and noise > 0:
+                drawn = torch.randn(x.shape, generator=random, device=x.device)
+                x = x + noise * (1 + after.square()).sqrt() * drawn.to(x)
         return x
 
     return comfy.samplers.KSAMPLER(sample)
@@ -38,7 +44,8 @@ def train_briefly(model, data: tuple, steps: int = 50, seed: int = 1):
 
     schedule = Schedule.of(model.get_model_object("model_sampling"))
     start = new_predictor(kind_of(model), schedule, tuple(data[0].shape[-2:]), 0, seed)
-    trainer = Trainer(start, TrainingData(data[0]), TrainingSettings(steps, 64, seed=seed), torch.device("cpu"))
+    device = comfy.model_management.get_torch_device()
+    trainer = Trainer(start, TrainingData(data[0]), TrainingSettings(steps, 64, seed=seed), device)
     for _ in range(steps):
         trainer.step()
     return trainer.result()

@@ -1,7 +1,8 @@
 """Train the demo model's UNet on Fashion-MNIST: seeded, resumable, with a progress bar.
 
 Every step draws its batch, noise and times from a generator seeded by (seed, step), so that a run that was stopped and
-resumed is the same run. The loss is the plain v-prediction loss of Salimans and Ho (2022) at uniformly drawn times of
+resumed is the same run. On a GPU images and draws are there, which gives other draws than on a CPU, and no step waits
+for it. The loss is the plain v-prediction loss of Salimans and Ho (2022) at uniformly drawn times of
 the model's own schedule; a tenth of the labels is dropped for classifier-free guidance; what is shipped is an
 exponential moving average of the weights.
 
@@ -12,10 +13,12 @@ The shipped weights had 3,000 steps, seed 0; the first 1,500 of them at the lear
 
 import argparse
 import copy
+import json
 import math
 import os
 import shutil
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -39,7 +42,18 @@ LEARNING_RATE = 1e-3
 WARMUP = 200
 EMA_DECAY = 0.999
 LABEL_DROPOUT = 0.1
-SAVE_EVERY = 250
+SAVE_EVERY, SAVE_EVERY_GPU = 250, 5000
+"""Steps between checkpoints; a GPU makes as many in the same minutes."""
+
+TRAINING = "training.json"
+LOSS_EVERY = 50
+"""Steps between the losses that the bar shows: reading one waits for the GPU."""
+
+PACE_FROM, PACE_TO = 20, 120
+"""Steps by whose pace the number of steps is chosen when a time is given; warm-up, and so the same whatever comes out."""
+
+SPARE = 0.96
+"""Share of the given time that is planned; the rest is for slower steps and the last checkpoint."""
 
 
 def initialise(network: torch.nn.Module) -> None:
@@ -75,15 +89,18 @@ def build_network(demo_model, device: torch.device):
     return network, model.model_sampling
 
 
-def step_loss(network, alphas_cumprod, images, labels, contexts, generator) -> torch.Tensor:
-    """v-prediction loss of one batch drawn by `generator` from images (N, 3, 32, 32) in [-1, 1] and labels (N,)."""
-    device = alphas_cumprod.device
-    chosen = torch.randint(len(images), (BATCH,), generator=generator)
+def step_loss(network, alphas_cumprod, images, labels, contexts, generator, batch: int) -> torch.Tensor:
+    """v-prediction loss of one batch drawn by `generator` from images (N, 3, 32, 32) in [-1, 1] and labels (N,).
+
+    Draws are made on the generator's device, where images, labels and contexts lie.
+    """
+    device, drawn = alphas_cumprod.device, {"generator": generator, "device": generator.device}
+    chosen = torch.randint(len(images), (batch,), **drawn)
     x0 = images[chosen].to(device)
-    timesteps = torch.randint(len(alphas_cumprod), (BATCH,), generator=generator)
-    eps = torch.randn(x0.shape, generator=generator).to(device)
-    token = contexts[labels[chosen]].clone()
-    token[torch.rand(BATCH, generator=generator) < LABEL_DROPOUT] = 0.0
+    timesteps = torch.randint(len(alphas_cumprod), (batch,), **drawn)
+    eps = torch.randn(x0.shape, **drawn).to(device)
+    dropped = torch.rand(batch, **drawn) < LABEL_DROPOUT
+    token = contexts[labels[chosen]].masked_fill(dropped[:, None, None], 0.0)
 
     abar = alphas_cumprod[timesteps.to(device)].view(-1, 1, 1, 1)
     u = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
@@ -93,14 +110,19 @@ def step_loss(network, alphas_cumprod, images, labels, contexts, generator) -> t
     return F.mse_loss(predicted.float(), v)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+def learning_rate(step: int, steps: int | None) -> float:
+    """Linear warm-up, then half a cosine down to zero; `steps` may still be unknown during the warm-up."""
+    if steps is None:
+        return LEARNING_RATE * min(1.0, (step + 1) / WARMUP)
     progress = max(0.0, (step - WARMUP) / max(1, steps - WARMUP))
     return LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def save_checkpoint(path: Path, step: int, run: dict, network, ema, optimizer) -> None:
-    """Write the whole state of training, as safetensors, replacing the last checkpoint in one move."""
+def save_checkpoint(path: Path, step: int, planned: int | None, run: dict, network, ema, optimizer) -> None:
+    """Write the whole state of training, as safetensors, replacing the last checkpoint in one move.
+
+    planned: how many steps the run has in all, if that is known already.
+    """
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for name, parameter in network.named_parameters():
@@ -108,12 +130,12 @@ def save_checkpoint(path: Path, step: int, run: dict, network, ema, optimizer) -
             tensors[f"optimizer.{key}.{name}"] = value
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"step": str(step)} | {k: str(v) for k, v in run.items()})
+    save_file(tensors, partial, metadata={"step": str(step), "planned": str(planned or "")} | {k: str(v) for k, v in run.items()})
     os.replace(partial, path)
 
 
-def load_checkpoint(path: Path, run: dict, network, ema, optimizer) -> int:
-    """Restore what `save_checkpoint` wrote; gives the number of steps done."""
+def load_checkpoint(path: Path, run: dict, network, ema, optimizer) -> tuple[int, int | None]:
+    """Restore what `save_checkpoint` wrote; gives the number of steps done, and that of the plan if it has one."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         differing = [k for k, v in run.items() if metadata.get(k) != str(v)]
@@ -127,39 +149,90 @@ def load_checkpoint(path: Path, run: dict, network, ema, optimizer) -> int:
         optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"].clone() for key in keys}
         for key in keys[1:]:
             optimizer.state[parameter][key] = optimizer.state[parameter][key].to(parameter.device)
-    return int(metadata["step"])
+    return int(metadata["step"]), int(metadata.get("planned") or 0) or None
 
 
-def train(demo_model, images, labels, output: Path, steps: int, seed: int, device: torch.device) -> dict:
-    """Train for `steps` steps in all, going on from output/checkpoint.safetensors if it is there; gives EMA weights."""
+class Plan:
+    """How many steps a run has: a number that was given, or as many as fit into the minutes that were.
+
+    By time, the pace of the first steps decides, and `deadline` ends the run in any case. The learning rate of those
+    steps does not depend on the number, so that the run is the one which that number gives.
+    """
+
+    def __init__(self, steps: int | None, minutes: float | None, device: torch.device):
+        self.steps, self.device, self.began = steps, device, time.monotonic()
+        self.deadline = math.inf if minutes is None else self.began + 60 * minutes
+        self.paced = 0.0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.monotonic()
+
+    def before(self, step: int, first: int) -> bool:
+        """Called before each step; False ends the run. `first` is the step that this run began with."""
+        if self.steps is None and step == first + PACE_FROM:
+            self.paced = self._now()
+        if self.steps is None and step == first + PACE_TO:
+            now = self._now()
+            left = self.began + SPARE * (self.deadline - self.began) - now
+            self.steps = step + max(1, int(left / (now - self.paced) * (PACE_TO - PACE_FROM)))
+        return (self.steps is None or step < self.steps) and time.monotonic() < self.deadline
+
+
+def train(
+    demo_model, images, labels, output: Path, steps: int | None, seed: int, device: torch.device, batch: int | None = None,
+    minutes: float | None = None,
+) -> dict:
+    """Train, going on from output/checkpoint.safetensors if it is there; gives EMA weights, float16.
+
+    Args:
+        steps: in all; None for as many as fit into `minutes`. What came of it is written to output/training.json.
+    """
     torch.manual_seed(seed)
+    batch = batch or BATCH
+    plan = Plan(steps, minutes, device)
     network, sampling = build_network(demo_model, device)
     ema = copy.deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    averages, weights = list(ema.parameters()), list(network.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     alphas_cumprod = (1 / (sampling.sigmas.double() ** 2 + 1)).float().to(device)
     contexts = torch.cat([demo_model.class_token(i) for i in range(len(demo_model.LABELS))])
+    on_gpu = device.type == "cuda"
+    home = device if on_gpu else torch.device("cpu")
+    images, labels, contexts = images.to(home), labels.to(home), contexts.to(home)
 
-    run = {"seed": seed, "steps": steps, "images": len(images)}
+    run = {"seed": seed, "steps": steps, "images": len(images)} | ({} if batch == BATCH else {"batch": batch})
     checkpoint = output / "checkpoint.safetensors"
-    done = load_checkpoint(checkpoint, run, network, ema, optimizer) if checkpoint.exists() else 0
-    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", mininterval=5)
+    first = 0
+    if checkpoint.exists():
+        first, planned = load_checkpoint(checkpoint, run, network, ema, optimizer)
+        plan.steps = plan.steps or planned
+    step, bar = first, tqdm(initial=first, total=plan.steps, unit="step", mininterval=5)
     running = None
-    for step in bar:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
-        loss = step_loss(network, alphas_cumprod, images, labels, contexts, generator)
+    while plan.before(step, first):
+        generator = torch.Generator(home).manual_seed(seed * 1_000_003 + step)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, plan.steps)
+        loss = step_loss(network, alphas_cumprod, images, labels, contexts, generator, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        decay = min(EMA_DECAY, (1 + step) / (10 + step))
         with torch.no_grad():
-            for average, current in zip(ema.parameters(), network.parameters()):
-                average.lerp_(current, 1 - decay)
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{running:.4f}", refresh=False)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            save_checkpoint(checkpoint, step + 1, run, network, ema, optimizer)
+            torch._foreach_lerp_(averages, weights, 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
+        running = loss.detach() if running is None else 0.98 * running + 0.02 * loss.detach()
+        step, bar.total = step + 1, plan.steps
+        if step % LOSS_EVERY == 0 or not on_gpu:
+            bar.set_postfix(loss=f"{running.item():.4f}", refresh=False)
+        bar.update()
+        if step % (SAVE_EVERY_GPU if on_gpu else SAVE_EVERY) == 0 and step != plan.steps:
+            save_checkpoint(checkpoint, step, plan.steps, run, network, ema, optimizer)
+    bar.close()
+    if step > first:
+        told = {"steps": step, "planned": plan.steps, "first": first, "batch": batch, "loss": round(running.item(), 5),
+                "minutes": round((time.monotonic() - plan.began) / 60, 2), "weights": f"moving average, {EMA_DECAY} a step"}
+        (output / TRAINING).write_text(json.dumps(told))
+        save_checkpoint(checkpoint, step, plan.steps, run, network, ema, optimizer)
     return {k: v.half().cpu().contiguous() for k, v in ema.state_dict().items()}
 
 

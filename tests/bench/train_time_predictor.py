@@ -8,6 +8,7 @@ its condition. The gap after the node's default steps is printed too.
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -35,6 +36,8 @@ STEPS, NODE_STEPS = 6000, 3000
 OTHER_SIZES = (0.5, 2.0)
 EXACT_IMAGES, DRAWS = 3000, 1024
 LATEST = (500.0, 1000.0)
+LOSS_EVERY = 50
+"""Steps between the losses that the bar shows: reading one waits for a GPU."""
 
 
 def training_data(demo_model, data: Path | None) -> tuple:
@@ -63,13 +66,16 @@ def train(predictor, data, steps: int, seed: int, device: torch.device):
 
     trainer = Trainer(predictor, data, TrainingSettings(seed=seed), device)
     bar = tqdm(range(predictor.steps, steps), initial=predictor.steps, total=steps, mininterval=5)
-    for _ in bar:
-        bar.set_postfix(loss=f"{trainer.step():.3f}", refresh=False)
+    for step in bar:
+        loss = trainer.step()
+        if step % LOSS_EVERY == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return trainer.result()
 
 
-def exact_gap(predictor, model, test, latest: float) -> float:
+def exact_gap(predictor, model, test, latest: float, draws: int = DRAWS) -> float:
     """The time gap of the exact posterior of the test images, on noised ones of them."""
+    import comfy.model_management
     from artifact_guard.nodes.tag.levels import Schedule
     from artifact_guard.nodes.tag.training import TrainingData, held_out_time_gap
 
@@ -77,27 +83,40 @@ def exact_gap(predictor, model, test, latest: float) -> float:
     sigmas = torch.exp(-0.5 * predictor.levels.double())
     exact = ExactDenoiser(test.frames[:: len(test.frames) // EXACT_IMAGES], kernel_width=0.02)
     known = TrainingData(exact.flat.float().reshape(-1, *exact.shape))
+    device = comfy.model_management.get_torch_device()
+    exact.to(device)
 
     def judge(u, condition):
-        return log_time_posterior(exact, u, sigmas)
+        return log_time_posterior(exact, u.to(device), sigmas)
 
-    return held_out_time_gap(judge, predictor.levels, known, schedule, draws=DRAWS, latest=latest)
+    return held_out_time_gap(judge, predictor.levels, known, schedule, draws=draws, latest=latest)
+
+
+def gap(predictor, model, data, latest: float, draws: int = DRAWS) -> float:
+    """The predictor's held-out time gap on these data."""
+    import comfy.model_management
+    from artifact_guard.nodes.tag.levels import Schedule
+    from artifact_guard.nodes.tag.training import held_out_time_gap
+
+    device = comfy.model_management.get_torch_device()
+    network = copy.deepcopy(predictor.network).to(device)
+
+    def judge(u, condition):
+        return network(u.to(device), None if condition is None else condition.to(device))
+
+    schedule = Schedule.of(model.get_model_object("model_sampling"))
+    return round(held_out_time_gap(judge, predictor.levels, data, schedule, draws=draws, latest=latest), 2)
 
 
 def gaps(predictor, model, test, latest: float) -> dict[str, float]:
     """Held-out time gaps with and without the class, and without it at other sizes."""
-    from artifact_guard.nodes.tag.levels import Schedule
-    from artifact_guard.nodes.tag.training import TrainingData, held_out_time_gap
+    from artifact_guard.nodes.tag.training import TrainingData
 
-    schedule = Schedule.of(model.get_model_object("model_sampling"))
     cases = {"conditional": test, "unconditional": TrainingData(test.frames)}
     for factor in OTHER_SIZES:
         resized = F.interpolate(test.frames, scale_factor=factor, mode="area")
         cases[f"unconditional, {factor:g} times the size"] = TrainingData(resized)
-    return {
-        name: round(held_out_time_gap(predictor.network, predictor.levels, data, schedule, draws=DRAWS, latest=latest), 2)
-        for name, data in cases.items()
-    }
+    return {name: gap(predictor, model, data, latest) for name, data in cases.items()}
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -71,23 +72,32 @@ def fashion_mnist(folder, limit=None, channels=1, cache=None):
 
 
 def cifar10(zip_path, split="train", limit=None, cache=None):
-    """CIFAR-10 from a zip of JPEG files SPLIT/CLASS/NAME.jpg: images (N, 3, 32, 32), labels (N,) in name order."""
+    """CIFAR-10 from a zip of JPEG files SPLIT/CLASS/NAME.jpg: images (N, 3, 32, 32), labels (N,) in name order.
+
+    A zip with a part of the images will do; of each class as many are taken as the smallest has.
+    """
     def parse():
         with zipfile.ZipFile(zip_path) as archive:
-            names = sorted(name for name in archive.namelist() if name.startswith(f"{split}/"))
-            folders = sorted({name.split("/")[1] for name in names})
-            by_class = [[n for n in names if n.split("/")[1] == folder] for folder in folders]
-            read = -(-limit // len(folders)) if limit else None
-            return np.stack([[_read_jpeg(archive, name) for name in column[:read]] for column in by_class], axis=1)
+            names = sorted(name for name in archive.namelist() if name.startswith(f"{split}/") and not name.endswith("/"))
+            by_class = {}
+            for name in names:
+                by_class.setdefault(name.split("/")[1], []).append(name)
+            read = min(map(len, by_class.values()))
+            if limit:
+                read = min(read, -(-limit // len(by_class)))
+            columns = [[archive.read(name) for name in column[:read]] for column in by_class.values()]
+        with ThreadPoolExecutor() as threads:
+            return np.stack([list(threads.map(_decode_jpeg, column)) for column in columns], axis=1)
 
-    pixels = _cached(cache, f"cifar10_{split}_{limit or 'all'}.npy", parse)  # (n, 10, 32, 32, 3)
+    size = Path(zip_path).stat().st_size
+    pixels = _cached(cache, f"cifar10_{split}_{limit or 'all'}_of_{size}.npy", parse)  # (n, 10, 32, 32, 3)
     n, classes = pixels.shape[:2]
     pixels = pixels.reshape(n * classes, 32, 32, 3).transpose(0, 3, 1, 2)
     return _to_float(pixels[:limit]), torch.arange(classes).repeat(n)[:limit]
 
 
-def _read_jpeg(archive, name):
-    return np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
+def _decode_jpeg(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def _to_float(pixels):

@@ -45,3 +45,10 @@ def test_cifar10(tmp_path):
         red = (images[:, 0].mean((1, 2)) + 1) * 127.5
         torch.testing.assert_close(red, torch.tensor([200.0, 250.0, 200.0]), atol=2.0, rtol=0)
     assert len(cifar10(tmp_path / "c.zip")[0]) == 6
+    whole = cifar10(tmp_path / "c.zip", "train", cache=tmp_path / "cache")[0]
+    with zipfile.ZipFile(tmp_path / "c.zip") as archive, zipfile.ZipFile(tmp_path / "part.zip", "w") as part:
+        for name in archive.namelist():
+            if name not in ("train/cat/0002.jpg", "train/dog/0001.jpg", "train/dog/0002.jpg"):
+                part.writestr(name, archive.read(name))
+    images, labels = cifar10(tmp_path / "part.zip", "train", cache=tmp_path / "cache")
+    assert labels.tolist() == [0, 1] and torch.equal(images, whole[:2]), "as many of each class as the smallest has"

@@ -1,6 +1,7 @@
 """The benchmarks of TAG that need a GPU or data of the user's run through, at a tiny size."""
 
 import io
+import json
 import types
 import zipfile
 
@@ -8,8 +9,9 @@ import artifact_guard
 import numpy as np
 import pytest
 import torch
+from artifact_guard.nodes.tag.training import TrainingData
 from PIL import Image
-from tests.bench import tag_cifar10, tag_cost, tag_demo, tag_toy
+from tests.bench import tag_cifar10, tag_cost, tag_demo, tag_toy, tag_training, train_time_predictor
 from tests.bench.tag_cost import sd15_sized
 
 CLASSES = [f"class{i}" for i in range(10)]
@@ -33,12 +35,13 @@ def test_cifar10_model_is_trained_and_compared(archive, tmp_path, monkeypatch):
     monkeypatch.setattr(tag_cifar10, "NOISES", (0.2,))
     monkeypatch.setattr(tag_cifar10, "FEW_STEPS", (1,))
     monkeypatch.setattr(tag_cifar10, "STEPS", 2)
-    monkeypatch.setattr(tag_demo, "MEASURED", 4)
-    figures = tag_cifar10.run(artifact_guard, tmp_path / "out", None, archive, tag_cifar10.TINY)
-    assert figures["size"]["steps"] == 2 and 0 <= figures["classifier_accuracy"] <= 1
+    figures = tag_cifar10.run(artifact_guard, tmp_path / "out", None, archive, size=tag_cifar10.TINY)
+    assert figures["training"]["steps"] == 2 and 0 <= figures["classifier_accuracy"] <= 1
     for case in ("1 steps", "noise 0.2"):
-        assert set(figures[case]) == {"off", "training-free (default)", "predictor"}
-        assert len(figures[case]["predictor"]["KID_ratio"]) == 3
+        assert set(figures["cases"][case]) == {"off", "training-free (default)", "predictor"}
+        assert len(figures["cases"][case]["predictor"]["KID_ratio"]) == 3
+        assert figures["cases"][case]["off"]["pairs"] == 16
+    json.dumps(figures)
     assert (tmp_path / "out" / "cifar10-32" / "checkpoint.safetensors").exists()
 
 
@@ -74,5 +77,25 @@ def test_exact_toy_has_the_exact_score():
 
 
 def test_demo_runs_take_another_model():
-    runs = tag_demo.DemoRuns(artifact_guard.nodes.demo.model, marker := types.SimpleNamespace())
+    runs = tag_demo.DemoRuns(artifact_guard.nodes.demo.model, tag_demo.ON_CPU, marker := types.SimpleNamespace())
     assert runs.model is marker
+
+
+def test_training_is_timed_with_the_nodes_defaults(monkeypatch):
+    """P7's benchmark on a few images: both cases, gaps over the exact posterior's, going on where it stopped."""
+    images = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    data = TrainingData(images, torch.eye(10).repeat(4, 1))
+    monkeypatch.setattr(tag_training, "training_data", lambda *_: (data, data))
+    monkeypatch.setattr(train_time_predictor, "EXACT_IMAGES", 40)
+    monkeypatch.setattr(tag_training, "defaults", lambda: {"steps": 2, "batch_size": 4, "learning_rate": 1e-4, "seed": 0})
+    monkeypatch.setattr(tag_training, "DRAWS_CPU", 8)
+    figures = tag_training.run(artifact_guard, None, None, rounds=2)
+    for case in ("unconditional", "conditional"):
+        assert [row["steps"] for row in figures[case]] == [2, 4]
+        assert figures[case][0]["seconds"] < figures[case][1]["seconds"]
+        assert figures[case][1]["over_exact"][500.0] > 1
+    json.dumps(figures)
+
+
+def test_training_node_has_these_defaults():
+    assert {"steps": 3000, "batch_size": 128, "learning_rate": 1e-4, "seed": 0}.items() <= tag_training.defaults().items()

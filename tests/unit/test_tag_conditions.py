@@ -91,6 +91,22 @@ def test_the_mean_of_several_answers_is_used():
     assert not torch.allclose(*alone) and torch.allclose(judge(u), (alone[0] + alone[1]) / 2, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 3, 4, 32, 32)])
+def test_samples_with_conditions_of_their_own_are_asked_with_them(shape):
+    """One entry a sample, as the model takes them; more samples than entries begin again at the first."""
+    predictor, layout = load_predictor(SHIPPED), FrameLayout.of([shape])
+    u = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    class Each:
+        original_conds = {"positive": [{"cross_attn": torch.cat([class_token(3), class_token(7), class_token(1)])}]}
+
+    told = Judge(predictor, torch.device("cpu"), layout, Each())(u)
+    for sample, label in enumerate((3, 7)):
+        alone = Judge(predictor, torch.device("cpu"), layout, Guider(label))(u)
+        assert torch.allclose(told[sample], alone[sample], atol=1e-5)
+    assert not torch.allclose(told[1], Judge(predictor, torch.device("cpu"), layout, Guider(3))(u)[1], atol=1e-3)
+
+
 def test_a_conditional_predictor_uses_its_condition():
     """Smooth pictures of one class, grainy ones of another: grain and noise look alike, only the class tells them apart."""
     bare, random = model(), torch.Generator().manual_seed(0)

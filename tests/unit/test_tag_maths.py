@@ -185,11 +185,15 @@ def test_process_reads_the_model(kind):
     assert torch.allclose(b / a, sigma / (1 - sigma) if kind == "flow" else sigma)
     x0, eps = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
     x = sampling.noise_scaling(sigma.reshape(-1, 1, 1, 1), eps, x0)
-    assert process.vp(x, sigma).std().item() == pytest.approx(1.0, abs=0.02)
-    level = process.level(sigma)
-    assert torch.equal(process.noisier(sigma, level), sigma) and torch.equal(process.noisier(sigma, level + 1), sigma)
-    assert torch.allclose(process.level(process.noisier(sigma, level - 0.5)), level - 0.5, atol=0.01)
-    assert process.noisier(sigma, level - 50).max() <= float(sampling.sigma_max)
+    level, scale = process.level_and_scale(sigma)
+    assert process.vp(x, scale).std().item() == pytest.approx(1.0, abs=0.02)
+
+    def noisier(by):
+        return process.noisier(sigma, level, level - by)
+
+    assert torch.equal(noisier(0.0), sigma) and torch.equal(noisier(-1.0), sigma)
+    assert torch.allclose(process.level_and_scale(noisier(0.5))[0], level - 0.5, atol=0.01)
+    assert noisier(50.0).max() <= float(sampling.sigma_max)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,68 @@
+"""P7: how long the node Train Time Predictor (TAG) takes to a held-out time gap of 1.2 times the exact posterior's.
+
+    python dev.py bench tag_training
+
+The node itself with its defaults on the 60,000 training images of Fashion-MNIST and the demo model, without conditions and
+with each image's class; then three times as many steps, by going on. Gaps are those of noised test images. Seconds are the
+node's, its previews and its own held-out gap included. Without a GPU once only: minutes each.
+"""
+
+import time
+
+import torch
+
+from .train_time_predictor import LATEST, exact_gap, gap, new, training_data
+
+ROUNDS = 3
+"""Times the node runs, each going on with the predictor of the one before."""
+
+DRAWS, DRAWS_CPU = 4096, 1024
+GOAL = 1.2
+
+
+def defaults() -> dict:
+    from artifact_guard.nodes.tag.schema import TAGTrainTimePredictor
+
+    return {i.id: i.default for i in TAGTrainTimePredictor.define_schema().inputs if getattr(i, "default", None) is not None}
+
+
+def trained(model, latents: dict, rounds: int, **more):
+    """(predictor, seconds so far) after each run of the node."""
+    from artifact_guard.nodes.tag.schema import TAGTrainTimePredictor
+
+    seconds, predictor = 0.0, None
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        predictor = TAGTrainTimePredictor.execute(model, latents, **defaults(), time_predictor=predictor, **more)[0]
+        seconds += time.perf_counter() - begun
+        yield predictor, seconds
+
+
+def told(predictor, seconds: float, model, test, exact: dict[float, float], draws: int) -> dict:
+    found = {latest: gap(predictor, model, test, latest, draws) for latest in LATEST}
+    return {"steps": predictor.steps, "seconds": round(seconds, 1), "gap": found,
+            "over_exact": {latest: round(found[latest] / exact[latest], 3) for latest in LATEST}}
+
+
+def run(pack, output, data, rounds: int | None = None) -> dict:
+    from artifact_guard.nodes.tag.training import TrainingData
+
+    demo_model = pack.nodes.demo.model
+    model, _ = demo_model.load_demo_model()
+    train, test = training_data(demo_model, data)
+    latents = {"samples": train.frames}
+    on_gpu = torch.cuda.is_available()
+    rounds, draws = rounds or (ROUNDS if on_gpu else 1), DRAWS if on_gpu else DRAWS_CPU
+    like_shipped = new(model, test, 0)
+    exact = {latest: exact_gap(like_shipped, model, test, latest, draws) for latest in LATEST}
+    figures = {"goal": GOAL, "defaults": defaults(), "draws": draws, "exact": exact}
+    for case in ("unconditional", "conditional"):
+        more = {"conditioning": [[row[None, None], {}] for row in train.conditions]} if case == "conditional" else {}
+        asked = test if case == "conditional" else TrainingData(test.frames)
+        rows = figures[case] = []
+        for predictor, seconds in trained(model, latents, rounds, **more):
+            rows.append(told(predictor, seconds, model, asked, exact, draws))
+            print(case, rows[-1], flush=True)
+        reached = [row for row in rows if row["over_exact"][LATEST[0]] <= GOAL]
+        figures[f"{case}: seconds to the goal"] = reached[0]["seconds"] if reached else None
+    return figures
