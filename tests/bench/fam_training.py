@@ -109,7 +109,9 @@ def start_workers(output: Path, data: Path | None, options: list[str], count: in
     environment = {"OMP_NUM_THREADS": threads} | os.environ
     started = [subprocess.Popen(list(map(str, command)), env=environment) for _ in range(count)]
     try:
-        codes = [process.wait() for process in started]
+        while any([process.poll() is None for process in started]):  # asks all: one that ended is seen by the others
+            time.sleep(0.5)
+        codes = [process.returncode for process in started]
     finally:
         for process in started:
             process.terminate()

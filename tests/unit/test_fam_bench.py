@@ -1,6 +1,9 @@
 """The benchmark of FAM training: its quick step is the node's, its sampler ComfyUI's, and it runs from end to end."""
 
 import json
+import subprocess
+import sys
+import time
 
 import comfy.sample
 import pytest
@@ -129,6 +132,16 @@ def test_jobs_need_what_comes_before_them():
     assert all(jobs.index(need) < jobs.index(job.name) for job in jobs_of(SIZES["gpu"]) for need in job.needs)
 
 
+def test_what_a_dead_worker_began_is_given_up(tmp_path, monkeypatch):
+    """So that the others neither wait for it nor for what needs it."""
+    monkeypatch.setattr(fam_training_runs, "load_fashion_mnist", lambda folder: ((IMAGES, LABELS), (IMAGES, LABELS)))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "base model.claim").write_text(str(ended.pid))
+    fam_training_runs.Worker(demo_model, tmp_path, None, SIZES["tiny"], time.time() + 60, 1, False).work()
+    assert len(list(tmp_path.glob("*.failed"))) == len(jobs_of(SIZES["tiny"])) and not list(tmp_path.glob("*.json"))
+
+
 def test_whole_benchmark_from_end_to_end(tmp_path, monkeypatch):
     """All jobs of the tiny size in one go; called again, nothing is done twice; the tables hold every arm and sweep."""
     import artifact_guard
@@ -141,7 +154,7 @@ def test_whole_benchmark_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(fam_training_runs, "trained_classifier", lambda *_, **__: Classifier().eval().requires_grad_(False))
     monkeypatch.setattr(fam_training_runs.Worker, "highlighter", rough_highlighter(size=32))
     options = ["--size", "tiny", "--workers", "0"]
-    figures = fam_training.run(artifact_guard, tmp_path, None, options)
+    figures = fam_training.run(artifact_guard, tmp_path, None, options=options)
     assert not figures["left"] and not figures["failed"]
     assert [step for step, _ in figures["base_model"]["FD_by_step"]] == [0, 2, 4]
     assert figures["arms"]["both"]["seeds"] == [0, 1] and len(figures["arms"]["both"]["seeds_interval"]) == 2
@@ -152,4 +165,4 @@ def test_whole_benchmark_from_end_to_end(tmp_path, monkeypatch):
     text = tables(json.loads(json.dumps(figures)))
     assert all(f"| {name} |" in text for name in ("base", "both", *sweeps))
     monkeypatch.setattr(fam_training_runs.Worker, "do", None)
-    assert fam_training.run(artifact_guard, tmp_path, None, options)["arms"] == figures["arms"]
+    assert fam_training.run(artifact_guard, tmp_path, None, options=options)["arms"] == figures["arms"]
