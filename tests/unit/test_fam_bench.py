@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import comfy.model_management
 import comfy.sample
 import pytest
 import torch
@@ -22,6 +23,8 @@ from tests.bench.fast_demo import FastDemo
 from tests.exact.images import shape_images
 from tests.unit.fam_lora_support import rough_highlighter
 
+ROUNDING = 1e-3 if comfy.model_management.get_torch_device().type == "cpu" else 3e-2
+"""Of gradients and pictures in float32; a GPU's convolutions round to TF32."""
 IMAGES, LABELS = shape_images(40, 32, 3, 0), torch.arange(40) % 10
 
 
@@ -62,12 +65,13 @@ def test_step_is_the_nodes(fast, attention, noise):
         fast.set_map(flaw_map, attention, noise)
         ours = fast.loss()
     ours.backward()
-    assert ours.item() == pytest.approx(loss, rel=1e-5)
+    assert ours.item() == pytest.approx(loss, rel=ROUNDING / 100)
     assert (ours.item() != ordinary) == (attention + noise > 0)
     for name, parameter in fast.parameters.items():
-        assert (parameter.grad - gradients[name]).norm() <= 1e-3 * gradients[name].norm() + 1e-7, name
+        assert (parameter.grad - gradients[name]).norm() <= ROUNDING * gradients[name].norm() + 1e-7, name
 
 
+@pytest.mark.usefixtures("repeatable")
 def test_state_goes_on_where_it_was(fast):
     """A state put back gives the same steps bit for bit, maps and all; a map of None is no map."""
     fast.set_map(torch.rand(1, 32, 32), 0.1, 0.1)
@@ -108,7 +112,7 @@ def test_sampler_is_comfyuis(fast):
             flaw_aware_demo.trainable_demo(demo_model), noise, 6, 1.0, "euler", "normal", [[tokens, {}]],
             [[demo_model.class_token(None), {}]], torch.zeros_like(noise), disable_pbar=True, seed=0,
         ).clamp(-1, 1).cpu()
-    assert (ours - theirs).abs().max() < 1e-3
+    assert (ours - theirs).abs().max() < ROUNDING
 
 
 def test_changed_maps_keep_their_mean():
