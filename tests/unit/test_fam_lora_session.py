@@ -1,6 +1,8 @@
 """The run as the node makes it: cancelling, running out of memory, files that go on, and what is seen meanwhile."""
 
+import gc
 import os
+import weakref
 
 import comfy.model_management
 import comfy.utils
@@ -183,6 +185,26 @@ def test_curve_map_and_samples_are_seen_meanwhile(small, files, monkeypatch):
     assert [value for value, _, _ in steps] == [0, 1, 2, 2, 3, 3, 4]
     kind, picture, _ = steps[-1][2]
     assert kind == "JPEG" and picture.width == 768 and picture.height > 520
+
+
+def test_the_copy_that_was_trained_is_gone_afterwards(small, files, monkeypatch):
+    """It is as large as the model: nodes behind this one need its memory, before Python's garbage collection has its turn."""
+    copies, whole = [], lora_schema.training_copy
+
+    def watched(model):
+        made = whole(model)
+        copies.append(weakref.ref(made.model))
+        return made
+
+    monkeypatch.setattr(lora_schema, "training_copy", watched)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        train(small)
+        assert len(copies) == 1 and copies[0]() is None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def test_same_seed_same_lora(small, files):
