@@ -37,10 +37,8 @@ def closed_form(u: torch.Tensor, denoised: torch.Tensor, level: torch.Tensor, po
         level: (B,) log-SNR of the step, t_i.
     """
     alpha, v = alpha_and_variance(level)
-    alphas, variances = posterior.coefficients
-    shares = posterior.gamma / variances
-    of_u = shares.sum(dim=1) - 1 / v
-    of_denoised = alpha / v - (shares * alphas).sum(dim=1)
+    means = posterior.means
+    of_u, of_denoised = means[:, 0] - 1 / v, alpha / v - means[:, 4]
     return torch.addcmul(column(of_u, u) * u, column(of_denoised, u), denoised)
 
 
@@ -64,7 +62,7 @@ def surplus(posterior: Posterior, level: torch.Tensor) -> torch.Tensor:
     The factor gap^2 / (gap^2 + spread^2) is Wiener's: a gap as small as the posterior's own spread counts half. A
     sample with too little noise counts as aligned.
     """
-    mean, spread = posterior.moments
+    mean, spread = posterior.log_variance()
     gap = (mean - F.logsigmoid(-level)).clamp_min(0.0)
     squares = gap.square()
     return gap * squares / torch.addcmul(squares, spread, spread).clamp_min(1e-12)

@@ -4,7 +4,6 @@ All in the variance-preserving form u = alpha * x0 + sqrt(v) * eps; samples (B, 
 by itself.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,29 +15,37 @@ COARSE, NODES = 256, 65
 """Levels among which the likeliest is looked for, and levels around it at which an energy's posterior is kept."""
 
 
+def averaged_terms(levels: torch.Tensor) -> torch.Tensor:
+    """What guidance needs the posterior means of, (B, 5, K) of levels (B, K): 1 / v, ln v, d, d^2 and alpha / v.
+
+    d is ln v from the middle level's on: a variance taken from d and d^2 loses no digits.
+    """
+    alpha, v = alpha_and_variance(levels)
+    log_v = v.log()
+    d = log_v - log_v[:, levels.shape[1] // 2, None]
+    return torch.stack([v.reciprocal(), log_v, d, d.square(), alpha / v], dim=1)
+
+
 @dataclass(frozen=True)
 class Posterior:
-    """p(level | u): `levels` (B, K) log-SNR and `gamma` (B, K), which sums to 1. Both float32, on the sample's device."""
+    """p(level | u): `levels` (B, K) log-SNR and `gamma` (B, K), which sums to 1; `means` (B, 5) of the averaged_terms under
+    it. All float32, on the sample's device.
+    """
 
     levels: torch.Tensor
     gamma: torch.Tensor
+    means: torch.Tensor
 
-    @functools.cached_property
-    def coefficients(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """alpha and v of the levels, each (B, K)."""
-        return alpha_and_variance(self.levels)
-
-    @functools.cached_property
-    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of ln v under the posterior, each (B,)."""
-        values = self.coefficients[1].log()
-        mean = (self.gamma * values).sum(dim=1)
-        spread = (self.gamma * (values - mean[:, None]).square()).sum(dim=1)
-        return mean, spread.clamp_min(0).sqrt()
+    @classmethod
+    def of(cls, levels: torch.Tensor, gamma: torch.Tensor, terms: torch.Tensor | None = None) -> "Posterior":
+        """terms: averaged_terms of the levels, (B or 1, 5, K), if they are at hand."""
+        terms = averaged_terms(levels) if terms is None else terms
+        return cls(levels, gamma, (gamma[:, None] * terms).sum(dim=2))
 
     def log_variance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `moments`."""
-        return self.moments
+        """Mean and standard deviation of ln v under the posterior, each (B,)."""
+        _, mean, d, d_squared, _ = self.means.unbind(1)
+        return mean, torch.addcmul(d_squared, d, d, value=-1).clamp_min(0).sqrt()
 
     def likeliest(self) -> torch.Tensor:
         """The level with the largest share, (B,)."""
@@ -65,9 +72,11 @@ def mean_square(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Te
 
 
 class EnergyGrid:
-    """The levels among which an energy's posterior is looked for: the coarse ones and what they need, made once.
+    """The levels among which an energy's posterior is looked for, and all that it needs of them, made once a run.
 
-    The expressions below are written for few operations, each of which is a launch on a GPU at every step of a run.
+    Found on a coarse grid over all levels, kept on a fine one around the coarse level that was found, as wide as four of its
+    standard deviations, sqrt(2 / n) in ln v. Tables hold the terms of both: each operation is a launch on a GPU, and a
+    sample is judged twice at every step of a run.
 
     Args:
         noisiest: the lowest log-SNR that a sample can have.
@@ -75,36 +84,35 @@ class EnergyGrid:
     """
 
     def __init__(self, noisiest: float, dimensions: float, device: torch.device):
-        self.noisiest, self.dimensions = noisiest, dimensions
-        self.coarse = torch.linspace(noisiest, LOG_SNR_RANGE[1], COARSE, device=device)[None]
-        self.of_coarse = self._terms(*alpha_and_variance(self.coarse))
-        self.around = torch.linspace(-1.0, 1.0, NODES, device=device)[None]
-        self.least_half = 2.0 * (LOG_SNR_RANGE[1] - noisiest) / (COARSE - 1)
-        self.spread = 4.0 * (2.0 / max(dimensions, 1.0)) ** 0.5
-
-    @staticmethod
-    def _terms(alpha: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return -2.0 * alpha, alpha.square(), v.reciprocal(), v.log()
-
-    def _log_likelihood(self, terms: tuple[torch.Tensor, ...], of_u, across, of_anchor) -> torch.Tensor:
-        minus_two_alpha, alpha_squared, precision, log_v = terms
-        energy = torch.addcmul(torch.addcmul(of_u, minus_two_alpha, across), alpha_squared, of_anchor).clamp_min(0.0)
-        return (torch.addcmul(log_v, energy, precision) * (-0.5 * self.dimensions)).nan_to_num(-1e30)
+        self.dimensions = dimensions
+        coarse = torch.linspace(noisiest, LOG_SNR_RANGE[1], COARSE, device=device)
+        alpha, v = alpha_and_variance(coarse[None])
+        self.of_coarse = -2.0 * alpha, alpha.square(), v.reciprocal(), v.log()
+        half = 4.0 * (2.0 / max(dimensions, 1.0)) ** 0.5 / torch.sigmoid(coarse)
+        half = half.clamp_min(2.0 * (LOG_SNR_RANGE[1] - noisiest) / (COARSE - 1))
+        around = torch.linspace(-1.0, 1.0, NODES, device=device)
+        levels = (coarse[:, None] + half[:, None] * around).clamp(noisiest, LOG_SNR_RANGE[1])
+        alpha = alpha_and_variance(levels)[0]
+        energies = torch.stack([levels, -2.0 * alpha, alpha.square()], dim=1)
+        self.of_fine = torch.cat([energies, averaged_terms(levels)], dim=1)
 
     def posterior(self, of_u: torch.Tensor, across: torch.Tensor, of_anchor: torch.Tensor) -> Posterior:
         """p(level | u) from the mean squares of u and of the anchor and from the mean of their product, each (B,).
 
-        log p(u | level) = -n/2 (ln v + |u - alpha * anchor|^2 / (n v)) + const, every level equally likely before. Found
-        on the coarse grid over all levels, kept on a fine one, as wide as four of its standard deviations, sqrt(2 / n) in
-        ln v.
+        log p(u | level) = -n/2 (ln v + |u - alpha * anchor|^2 / (n v)) + const, every level equally likely before.
         """
         means = of_u[:, None], across[:, None], of_anchor[:, None]
-        chosen = self._log_likelihood(self.of_coarse, *means).argmax(dim=1)
-        centre = self.coarse[0][chosen][:, None]
-        half = (self.spread / torch.sigmoid(centre)).clamp_min(self.least_half)
-        levels = torch.addcmul(centre, half, self.around).clamp(self.noisiest, LOG_SNR_RANGE[1])
-        terms = self._terms(*alpha_and_variance(levels))
-        return Posterior(levels, self._log_likelihood(terms, *means).softmax(dim=1))
+        chosen = self.of_fine[minus_log_likelihood(*means, *self.of_coarse).argmin(dim=1)]
+        levels, minus_two_alpha, alpha_squared, precision, log_v = chosen.unbind(1)[:5]
+        unlikely = minus_log_likelihood(*means, minus_two_alpha, alpha_squared, precision, log_v)
+        gamma = (unlikely * (-0.5 * self.dimensions)).nan_to_num(-1e30).softmax(dim=1)
+        return Posterior.of(levels, gamma, chosen[:, 3:])
+
+
+def minus_log_likelihood(of_u, across, of_anchor, minus_two_alpha, alpha_squared, precision, log_v) -> torch.Tensor:
+    """ln v + |u - alpha * anchor|^2 / (n v) (B, K), of means (B, 1) and of terms of levels (B or 1, K)."""
+    energy = torch.addcmul(torch.addcmul(of_u, minus_two_alpha, across), alpha_squared, of_anchor)
+    return torch.addcmul(log_v, energy.clamp_min(0.0), precision)
 
 
 def energy_posterior(
@@ -123,8 +131,9 @@ def energy_posterior(
 
 def noisier_of(one: Posterior, other: Posterior) -> Posterior:
     """For each sample the posterior with the larger mean noise."""
-    chosen = (one.moments[0] >= other.moments[0])[:, None]
-    return Posterior(torch.where(chosen, one.levels, other.levels), torch.where(chosen, one.gamma, other.gamma))
+    chosen = (one.means[:, 1] >= other.means[:, 1])[:, None]
+    pairs = ((one.levels, other.levels), (one.gamma, other.gamma), (one.means, other.means))
+    return Posterior(*(torch.where(chosen, *pair) for pair in pairs))
 
 
 class EnergyEstimator:
@@ -193,11 +202,14 @@ class NetworkEstimator:
     def __init__(self, judge: Callable[[torch.Tensor], torch.Tensor], levels: torch.Tensor):
         self.judge = judge
         self.levels = levels
+        self.terms: torch.Tensor | None = None
         self._known: tuple[torch.Tensor, Posterior] | None = None
 
     def before(self, u: torch.Tensor, level: torch.Tensor) -> Posterior:
         gamma = self.judge(u).float().nan_to_num().softmax(dim=1)
-        posterior = Posterior(self.levels.to(u.device).expand(len(u), -1), gamma)
+        if self.terms is None:
+            self.terms = averaged_terms(self.levels.to(u.device)[None])
+        posterior = Posterior.of(self.levels.to(u.device).expand(len(u), -1), gamma, self.terms)
         self._known = (u, posterior)
         return posterior
 

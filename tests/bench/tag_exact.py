@@ -55,7 +55,7 @@ class Case:
         closed_form, posterior = self.tag.alignment.closed_form, self.tag.posterior
         sigmas = torch.exp(-0.5 * self.levels.double())
         gamma = log_time_posterior(self.denoiser, self.u, sigmas).exp().float()
-        exact = posterior.Posterior(self.levels.expand(SAMPLES, -1), gamma)
+        exact = posterior.Posterior.of(self.levels.expand(SAMPLES, -1), gamma)
         one_call, in_run = posterior.EnergyEstimator(), posterior.EnergyEstimator()
         in_run.after(self.u_before, self.level_before, self.before)
         in_run.keep(self.before)

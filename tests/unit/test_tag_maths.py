@@ -46,7 +46,7 @@ def test_closed_form_with_the_exact_posterior_is_the_exact_score(index):
     denoiser, u = ExactDenoiser(images(), 0.05), off_manifold(index, 0.2)
     gamma = log_time_posterior(denoiser, u, SIGMAS).exp().float()
     level = GRID[index].expand(len(u))
-    estimate = closed_form(u, denoised_at(denoiser, u, index), level, Posterior(GRID.expand(len(u), -1), gamma))
+    estimate = closed_form(u, denoised_at(denoiser, u, index), level, Posterior.of(GRID.expand(len(u), -1), gamma))
     cosine, length = compare(estimate, time_linked_score(denoiser, u, SIGMAS, index))
     assert cosine > 0.99 and 0.9 < length < 1.1
 
