@@ -12,9 +12,10 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..latents import FrameLayout, check_latent
 from .compatibility import check_predictor
+from .energy import EnergyEstimator
 from .judge import Judge
 from .levels import Schedule
-from .posterior import EnergyEstimator, NetworkEstimator, column
+from .posterior import NetworkEstimator, column
 from .predictor import TimePredictor
 from .process import Process
 from .settings import TagSettings

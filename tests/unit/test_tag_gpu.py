@@ -4,10 +4,10 @@ import pytest
 import torch
 from artifact_guard.nodes.demo import model as demo_model
 from artifact_guard.nodes.tag import training
+from artifact_guard.nodes.tag.energy import energy_posterior
 from artifact_guard.nodes.tag.guidance import GuidedRun
-from artifact_guard.nodes.tag.posterior import energy_posterior
 
-from tests.bench import train_demo
+from tests.bench import train_demo, training_runs
 from tests.bench.cifar_classifier import trained_cifar_classifier
 from tests.unit.tag_support import fresh_predictor, guide, images, model, run
 
@@ -84,8 +84,8 @@ def test_posterior_is_a_cpus(cuda):
 
 
 def test_demo_model_trains_there_by_time(cuda, monkeypatch, tmp_path):
-    monkeypatch.setattr(train_demo, "PACE_FROM", 2)
-    monkeypatch.setattr(train_demo, "PACE_TO", 5)
+    monkeypatch.setattr(training_runs, "PACE_FROM", 2)
+    monkeypatch.setattr(training_runs, "PACE_TO", 5)
     pictures = torch.rand(64, 3, 32, 32) * 2 - 1
     weights = train_demo.train(demo_model, pictures, torch.arange(64) % 10, tmp_path, None, 0, cuda, 16, minutes=0.2)
     assert all(weight.isfinite().all() and weight.device.type == "cpu" for weight in weights.values())

@@ -7,8 +7,9 @@ import torch
 from artifact_guard.nodes.tag.alignment import (
     closed_form, limited, published_gradient, relative_correction, sample_level, score_correction, shift, surplus,
 )
+from artifact_guard.nodes.tag.energy import EnergyEstimator, energy_posterior
 from artifact_guard.nodes.tag.levels import LOG_SNR_RANGE, Schedule, alpha_and_variance, coefficients, log_snr
-from artifact_guard.nodes.tag.posterior import EnergyEstimator, NetworkEstimator, Posterior, energy_posterior, mean_square
+from artifact_guard.nodes.tag.posterior import NetworkEstimator, Posterior, mean_square
 from artifact_guard.nodes.tag.process import Process
 
 from tests.exact.denoiser import ExactDenoiser
