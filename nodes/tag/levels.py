@@ -50,7 +50,7 @@ class Schedule:
         times = torch.linspace(0.0, TIMES, POINTS, dtype=torch.float64)
         sigmas = [float(model_sampling.percent_to_sigma(1.0 - float(time) / TIMES)) for time in times]
         sigmas = torch.tensor(sigmas, dtype=torch.float64).clamp(low, high)
-        read = cls(times, sigmas, log_snr(*coefficients(model_sampling, sigmas)))
+        read = cls(times, sigmas, log_snr(coefficients(model_sampling, sigmas)))
         _READ[model_sampling] = (ends, read)
         return read
 
@@ -90,17 +90,26 @@ class Line:
         return torch.addcmul(value, slope, torch.clamp(at, *self.ends) - low)
 
 
-def coefficients(model_sampling, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a and b (B,) of x = a * x0 + b * eps at sigmas (B,), in their dtype, read off the model itself."""
+def signal_and_noise(sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `coefficients` asks a model with, for as many sigmas (B,): (2 B, 1) each, a unit of the one and none of the other."""
     signal = torch.zeros(2 * len(sigma), 1, dtype=sigma.dtype, device=sigma.device)
     signal[: len(sigma)] = 1.0
-    a, b = model_sampling.noise_scaling(torch.cat([sigma, sigma]), 1.0 - signal, signal)[:, 0].chunk(2)
-    return a, b
+    return signal, 1.0 - signal
 
 
-def log_snr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """2 ln(a / b), kept within LOG_SNR_RANGE."""
-    return (2.0 * (a.clamp_min(1e-12).log() - b.clamp_min(1e-12).log())).clamp(*LOG_SNR_RANGE)
+def coefficients(model_sampling, sigma: torch.Tensor, units: tuple | None = None) -> torch.Tensor:
+    """a and b (2, B) of x = a * x0 + b * eps at sigmas (B,), in their dtype, read off the model itself.
+
+    units: signal_and_noise, if they are at hand.
+    """
+    signal, noise = units or signal_and_noise(sigma)
+    return model_sampling.noise_scaling(torch.cat([sigma, sigma]), noise.clone(), signal).reshape(2, -1)
+
+
+def log_snr(of_both: torch.Tensor) -> torch.Tensor:
+    """2 ln(a / b) (B,) of a and b (2, B), kept within LOG_SNR_RANGE."""
+    a, b = of_both.clamp_min(1e-12).log()
+    return (2.0 * (a - b)).clamp(*LOG_SNR_RANGE)
 
 
 def alpha_and_variance(level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

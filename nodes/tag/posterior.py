@@ -39,9 +39,9 @@ class Posterior:
         return cls(levels, gamma, (gamma[:, None] * terms).sum(dim=2))
 
     def log_variance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of ln v under the posterior, each (B,)."""
+        """Mean and variance of ln v under the posterior, each (B,)."""
         _, mean, d, d_squared, _ = self.means.unbind(1)
-        return mean, torch.addcmul(d_squared, d, d, value=-1).clamp_min(0).sqrt()
+        return mean, torch.addcmul(d_squared, d, d, value=-1).clamp_min(0)
 
     def likeliest(self) -> torch.Tensor:
         """The level with the largest share, (B,)."""

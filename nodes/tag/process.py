@@ -2,7 +2,7 @@
 
 import torch
 
-from .levels import Line, Schedule, coefficients, log_snr
+from .levels import Line, Schedule, coefficients, log_snr, signal_and_noise
 from .posterior import column
 
 
@@ -17,16 +17,21 @@ class Process:
         levels, sigmas = (values.flip(0).float().to(device) for values in (schedule.log_snr, schedule.sigmas))
         self.log_sigma = Line(levels, sigmas.log())
         self.largest = sigmas[:1]
+        self.units: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def level_and_scale(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """log-SNR, and sqrt(a^2 + b^2), x = scale * u, each (B,), at sigmas (B,)."""
-        a, b = coefficients(self.model_sampling, sigma)
-        return log_snr(a, b), torch.addcmul(a * a, b, b).sqrt()
+        both = self._coefficients(sigma)
+        return log_snr(both), torch.linalg.vector_norm(both, dim=0)
 
     def scale(self, sigma: torch.Tensor) -> torch.Tensor:
         """sqrt(a^2 + b^2) alone."""
-        a, b = coefficients(self.model_sampling, sigma)
-        return torch.addcmul(a * a, b, b).sqrt()
+        return torch.linalg.vector_norm(self._coefficients(sigma), dim=0)
+
+    def _coefficients(self, sigma: torch.Tensor) -> torch.Tensor:
+        if self.units is None or len(self.units[0]) != 2 * len(sigma):
+            self.units = signal_and_noise(sigma)
+        return coefficients(self.model_sampling, sigma, self.units)
 
     def vp(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """u = x / sqrt(a^2 + b^2), float32."""
