@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,15 @@ import torch
 VARIABLE = "ARTIFACT_GUARD_KERNELS"
 """Environment variable: auto (as if unset), torch, or triton."""
 
-FASTER: dict[str, int] = {}
-"""Kernels whose Triton form was measured to be faster on a GPU, and the number of elements from which on. It is empty as
-long as nobody has run `dev.py bench kernels` on one: then every kernel runs by torch."""
+FASTER: dict[str, int] = {
+    "bend_map": 16384, "change_maps": 4096, "change_speed": 4096, "label_regions": 1024, "median_and_mad": 1024, "renoise": 4096,
+    "sample_median": 1024, "sample_quantile": 16384, "scale_pair": 2_000_000,
+}
+"""Kernels whose Triton form was measured to be faster on a GPU (NVIDIA H200, torch 2.11), and the number of elements of the
+largest tensor from which on: the smallest size at which `dev.py bench kernels` was run. A kernel that is not here runs by torch."""
+
+Unfit = Callable[[list[torch.Tensor]], str | None]
+"""Says of tensors why a Triton form cannot take them, None if it can."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.bool)
 
@@ -42,8 +49,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def obstacle(tensors: list[torch.Tensor], dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
-    """Why Triton cannot take these tensors; None if it can. dtypes: those that the Triton form is written for."""
+def obstacle(tensors: list[torch.Tensor], dtypes: tuple[torch.dtype, ...] = DTYPES, unfit: Unfit | None = None) -> str | None:
+    """Why Triton cannot take these tensors; None if it can.
+
+    Args:
+        dtypes: those that the Triton form is written for. unfit: what else it asks of the tensors.
+    """
     if not _triton_found():
         return "Triton is not installed"
     devices = {x.device for x in tensors}
@@ -58,10 +69,10 @@ def obstacle(tensors: list[torch.Tensor], dtypes: tuple[torch.dtype, ...] = DTYP
         return "the Triton forms have no gradient"
     if min(x.numel() for x in tensors) == 0:
         return NOTHING
-    return None
+    return None if unfit is None else unfit(tensors)
 
 
-def choose(kernel: str, arguments, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Choice:
+def choose(kernel: str, arguments, dtypes: tuple[torch.dtype, ...] = DTYPES, unfit: Unfit | None = None) -> Choice:
     """How `kernel` runs on these arguments, of which the tensors count.
 
     Raises:
@@ -73,7 +84,7 @@ def choose(kernel: str, arguments, dtypes: tuple[torch.dtype, ...] = DTYPES) -> 
     if wanted == "torch":
         return Choice("torch", f"{VARIABLE}=torch")
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-    reason = obstacle(tensors, dtypes)
+    reason = obstacle(tensors, dtypes, unfit)
     if wanted == "triton":
         if reason is not None and reason != NOTHING:
             raise ValueError(f"{VARIABLE}=triton, but {kernel} cannot run by Triton: {reason}. Unset it, or use auto.")
@@ -88,10 +99,10 @@ def choose(kernel: str, arguments, dtypes: tuple[torch.dtype, ...] = DTYPES) -> 
     return Choice("triton", f"measured to be faster from {least} elements on")
 
 
-def with_triton(module: str, dtypes: tuple[torch.dtype, ...] = DTYPES):
+def with_triton(module: str, dtypes: tuple[torch.dtype, ...] = DTYPES, unfit: Unfit | None = None):
     """Marks a torch reference that has a Triton form of its name in `module`, beside it in this folder.
 
-    The reference itself stays at hand as `reference`, the other one as `triton`.
+    dtypes, unfit: see `obstacle`. The reference itself stays at hand as `reference`, the other one as `triton`.
     """
 
     def mark(reference):
@@ -103,7 +114,7 @@ def with_triton(module: str, dtypes: tuple[torch.dtype, ...] = DTYPES):
 
         @functools.wraps(reference)
         def dispatched(*arguments, **keywords):
-            if choose(name, [*arguments, *keywords.values()], dtypes).backend == "triton":
+            if choose(name, [*arguments, *keywords.values()], dtypes, unfit).backend == "triton":
                 return triton_form(*arguments, **keywords)
             return reference(*arguments, **keywords)
 

@@ -41,17 +41,36 @@ def _from_numpy(values: list, like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.array(values, dtype=np.float32)).to(like.dtype)
 
 
+LONGEST_ROW = 65536
+"""Values of a sample that a Triton form holds in one program: a 2048x2048 picture's latent has as many."""
+
+
+def too_long(tensors: list[torch.Tensor]) -> str | None:
+    """Why the Triton forms cannot take rows of this length; None if they can."""
+    longest = max(x[0].numel() for x in tensors)
+    return f"its Triton form takes up to {LONGEST_ROW} values a sample, and here are {longest}" if longest > LONGEST_ROW else None
+
+
+selecting = with_triton("robust_threshold_triton", dtypes=(torch.float32, torch.bool), unfit=too_long)
+
+
+@selecting
 def sample_median(values: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Median of each row, the mean of the two middle values where their number is even, as in numpy.
+    """Median of each sample, the mean of the two middle values where their number is even, as in numpy.
 
     Args:
-        values: (B, N). NaN counts as larger than any number.
-        valid: (N,) or (B, N) bool, optional: the entries to look at. A row with none gives NaN.
+        values: (B, ...), at least one value a sample. NaN counts as larger than any number.
+        valid: bool, broadcastable to the shape of `values`, optional: the entries to look at. A sample with none gives
+            NaN.
 
     Returns:
         (B,) in the dtype of `values`.
     """
-    valid = None if valid is None else valid.expand_as(values)
+    return _row_median(values.flatten(1), None if valid is None else valid.expand_as(values).flatten(1))
+
+
+def _row_median(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Median (B,) of rows (B, N), of those values that `valid` (B, N) marks."""
     if values.device.type in NUMPY_DEVICES:
         return _from_numpy([_partitioned(row.copy(), middle) for row in _numpy_rows(values, valid)], values)
     if valid is None:
@@ -63,7 +82,7 @@ def sample_median(values: torch.Tensor, valid: torch.Tensor | None = None) -> to
     return torch.where(count[:, 0] > 0, ordered.gather(1, pair).mean(dim=1), torch.nan)
 
 
-@with_triton("robust_threshold_triton", dtypes=(torch.float32, torch.bool))
+@selecting
 def median_and_mad(values: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Median and median absolute deviation of each sample: (B, ...) gives two of (B,) in the dtype of `values`.
 
@@ -79,8 +98,8 @@ def median_and_mad(values: torch.Tensor, valid: torch.Tensor | None = None) -> t
         medians = [_partitioned(row.copy(), middle) for row in chosen]
         mads = [_partitioned(np.abs(row - median), middle) for row, median in zip(chosen, medians)]
         return _from_numpy(medians, rows), _from_numpy(mads, rows)
-    median = sample_median(rows, rows_valid)
-    return median, sample_median((rows - median[:, None]).abs_(), rows_valid)
+    median = _row_median(rows, rows_valid)
+    return median, _row_median((rows - median[:, None]).abs_(), rows_valid)
 
 
 def robust_threshold(values: torch.Tensor, k: float, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -93,7 +112,7 @@ def robust_threshold(values: torch.Tensor, k: float, valid: torch.Tensor | None 
     return median + k * NORMAL_CONSISTENCY * mad
 
 
-@with_triton("robust_threshold_triton", dtypes=(torch.float32, torch.bool))
+@selecting
 def sample_quantile(values: torch.Tensor, share: float, valid: torch.Tensor | None = None) -> torch.Tensor:
     """The value below which `share` of each sample's entries lie, without interpolation: (B, ...) gives (B,).
 

@@ -1,15 +1,17 @@
-"""Triton forms of robust_threshold.py: one program a row selects by radix, without sorting and without copies.
+"""Triton forms of robust_threshold.py: one program a row, which holds the row in its registers and selects by bits.
 
-A float becomes an unsigned number of the same order. The number of rank r is then found digit by digit, from the
-highest: a histogram of the digit over the values that agree so far tells which it is. Four digits of eight bits.
+A float becomes an unsigned number of the same order. The number of rank r is then found bit by bit, from the highest:
+the bit is set if no more than r numbers lie below what that gives. 32 counts, no sorting and no copies.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK = 2048
 NAN_KEY = tl.constexpr(0xFFFFFFFF)
+
+PER_THREAD = 16
+"""Values of a row that one thread holds, until a program has as many threads as it can."""
 
 
 @triton.jit
@@ -27,117 +29,96 @@ def _value(key):
 
 
 @triton.jit
-def _load(values, valid, start, size, centre, CENTRED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys of a block, of |value - centre| if CENTRED, and which of them count."""
-    offset = start + tl.arange(0, BLOCK)
+def _load(values, valid, size, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """A row, which of its entries count, and how many."""
+    offset = tl.arange(0, BLOCK)
     counts = offset < size
     value = tl.load(values + offset, mask=counts, other=0.0)
-    if CENTRED:
-        value = tl.abs(value - centre)
     if MASKED:
         counts = counts & (tl.load(valid + offset, mask=counts, other=0) != 0)
-    return _key(value), counts
+    return value, counts, tl.sum(counts.to(tl.int32), 0)
 
 
 @triton.jit
-def _select(values, valid, size, rank, centre, CENTRED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """The values of rank `rank` and `rank + 1`, counted from 0; the latter only if there are as many."""
-    bins = tl.arange(0, 512)
-    prefix = tl.zeros((), tl.uint32)
-    known = tl.zeros((), tl.uint32)
-    left = rank
-    for digit in range(4):
-        shift = 24 - 8 * digit
-        histogram = tl.zeros((512,), tl.int32)
-        for start in range(0, size, BLOCK):
-            key, counts = _load(values, valid, start, size, centre, CENTRED, MASKED, BLOCK)
-            agrees = counts & ((key & known) == prefix)
-            number = ((key >> shift) & 0xFF).to(tl.int32)
-            histogram += tl.histogram(tl.where(agrees, number, 256), 512)
-        histogram = tl.where(bins < 256, histogram, 0)
-        below = tl.cumsum(histogram, 0)
-        chosen = tl.sum(((below <= left) & (bins < 256)).to(tl.int32), 0)
-        chosen = tl.minimum(chosen, 255)
-        left -= tl.sum(tl.where(bins < chosen, histogram, 0), 0)
-        prefix = prefix | (chosen.to(tl.uint32) << shift)
-        known = known | (tl.full((), 255, tl.uint32) << shift)
-    up_to = tl.zeros((), tl.int32)
-    following = tl.full((), NAN_KEY, tl.uint32)
-    for start in range(0, size, BLOCK):
-        key, counts = _load(values, valid, start, size, centre, CENTRED, MASKED, BLOCK)
-        up_to += tl.sum((counts & (key <= prefix)).to(tl.int32), 0)
-        above = tl.where(counts & (key > prefix), key, NAN_KEY)
-        following = tl.minimum(following, tl.min(above, 0))
-    following = tl.where(up_to > rank + 1, prefix, following)
-    return _value(prefix), _value(following)
+def _select(value, counts, rank):
+    """The values of rank `rank` and `rank + 1`, counted from 0, of those that count; the latter only if there are as many."""
+    key = tl.where(counts, _key(value), NAN_KEY)  # the largest: never below anything
+    chosen = tl.zeros((), tl.uint32)
+    for bit in range(32):
+        candidate = chosen | (tl.full((), 0x80000000, tl.uint32) >> bit)
+        below = tl.sum((key < candidate).to(tl.int32), 0)
+        chosen = tl.where(below <= rank, candidate, chosen)
+    up_to = tl.sum((key <= chosen).to(tl.int32), 0)
+    following = tl.min(tl.where(key > chosen, key, NAN_KEY), 0)
+    return _value(chosen), _value(tl.where(up_to > rank + 1, chosen, following))
 
 
 @triton.jit
-def _count(valid, size, BLOCK: tl.constexpr):
-    total = tl.zeros((), tl.int32)
-    for start in range(0, size, BLOCK):
-        offset = start + tl.arange(0, BLOCK)
-        total += tl.sum((tl.load(valid + offset, mask=offset < size, other=0) != 0).to(tl.int32), 0)
-    return total
+def _middle(value, counts, count):
+    """Median of the values that count; NaN if none does."""
+    lower, upper = _select(value, counts, (tl.maximum(count, 1) - 1) // 2)
+    median = tl.where(count % 2 == 1, lower, (lower + upper) / 2)
+    return tl.where(count == 0, float("nan"), median)
 
 
 @triton.jit
-def _middle(values, valid, size, count, centre, CENTRED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Median of the values that count."""
-    lower, upper = _select(values, valid, size, (count - 1) // 2, centre, CENTRED, MASKED, BLOCK)
-    return tl.where(count % 2 == 1, lower, (lower + upper) / 2)
+def _median(values, valid, out, size, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    value, counts, count = _load(values + row * size, valid + row * size, size, MASKED, BLOCK)
+    tl.store(out + row, _middle(value, counts, count))
 
 
 @triton.jit
 def _median_and_mad(values, valid, median, mad, size, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    values += row * size
-    valid += row * size
-    count = size
-    if MASKED:
-        count = _count(valid, size, BLOCK)
-    counted = tl.maximum(count, 1)
-    centre = _middle(values, valid, size, counted, 0.0, False, MASKED, BLOCK)
-    spread = _middle(values, valid, size, counted, centre, True, MASKED, BLOCK)
-    nothing = count == 0
-    tl.store(median + row, tl.where(nothing, float("nan"), centre))
-    tl.store(mad + row, tl.where(nothing, float("nan"), spread))
+    value, counts, count = _load(values + row * size, valid + row * size, size, MASKED, BLOCK)
+    centre = _middle(value, counts, count)
+    tl.store(median + row, centre)
+    tl.store(mad + row, _middle(tl.abs(value - centre), counts, count))
 
 
 @triton.jit
 def _quantile(values, valid, out, size, rank, millionths, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    values += row * size
-    valid += row * size
-    count = size
+    value, counts, count = _load(values + row * size, valid + row * size, size, MASKED, BLOCK)
     if MASKED:
-        count = _count(valid, size, BLOCK)
         rank = ((tl.maximum(count, 1) - 1).to(tl.int64) * millionths // 1000000).to(tl.int32)
-    quantile, _ = _select(values, valid, size, rank, 0.0, False, MASKED, BLOCK)
+    quantile, _ = _select(value, counts, rank)
     tl.store(out + row, tl.where(count == 0, float("nan"), quantile))
 
 
-def _rows(values: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contiguous rows (B, N) of float32 values and of bytes that say which count (the values again if all do)."""
+def _rows(values: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Contiguous rows (B, N) of float32 values and of bytes that say which count (the values again if all do), and what the
+    kernels are compiled for."""
     rows = values.flatten(1).contiguous()
-    if valid is None:
-        return rows, rows
-    return rows, valid.expand_as(values).flatten(1).contiguous().view(torch.uint8)
+    block = triton.next_power_of_2(rows.shape[1])
+    shared = {"MASKED": valid is not None, "BLOCK": block, "num_warps": min(32, max(4, block // (32 * PER_THREAD)))}
+    counted = rows if valid is None else valid.expand_as(values).flatten(1).contiguous().view(torch.uint8)
+    return rows, counted, shared
+
+
+def _one_each(rows: torch.Tensor) -> torch.Tensor:
+    return torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+
+
+def sample_median(values: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    rows, counted, shared = _rows(values, valid)
+    out = _one_each(rows)
+    _median[(len(rows),)](rows, counted, out, rows.shape[1], **shared)
+    return out
 
 
 def median_and_mad(values: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, counted = _rows(values, valid)
-    median = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    mad = torch.empty_like(median)
-    _median_and_mad[(len(rows),)](rows, counted, median, mad, rows.shape[1], MASKED=valid is not None, BLOCK=BLOCK)
+    rows, counted, shared = _rows(values, valid)
+    median, mad = _one_each(rows), _one_each(rows)
+    _median_and_mad[(len(rows),)](rows, counted, median, mad, rows.shape[1], **shared)
     return median, mad
 
 
 def sample_quantile(values: torch.Tensor, share: float, valid: torch.Tensor | None = None) -> torch.Tensor:
-    rows, counted = _rows(values, valid)
-    out = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    size = rows.shape[1]
+    rows, counted, shared = _rows(values, valid)
+    out, size = _one_each(rows), rows.shape[1]
     rank = int(share * (size - 1))
     millionths = round(share * 1_000_000)  # a float argument would come as float32
-    _quantile[(len(rows),)](rows, counted, out, size, rank, millionths, MASKED=valid is not None, BLOCK=BLOCK)
+    _quantile[(len(rows),)](rows, counted, out, size, rank, millionths, **shared)
     return out

@@ -5,8 +5,9 @@ import signal
 import sys
 import tempfile
 
-if "--gpu" not in sys.argv:
-    # Triton asks when it is imported, and torch imports it: interpreted on the CPU here, compiled with --gpu.
+if "--gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the answer
+    # Triton asks when it is imported, and torch imports it: interpreted on the CPU here, compiled with --gpu, which has
+    # ComfyUI and all models of the tests on the GPU. Without it they are on the CPU, whatever there is.
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
@@ -25,7 +26,7 @@ torch.set_num_threads(min(MAX_THREADS, torch.get_num_threads()))
 
 # What a test makes ComfyUI write lands here, not beside ComfyUI's source. Removed with the process.
 _base_directory = tempfile.TemporaryDirectory(prefix="artifact-guard-tests-", ignore_cleanup_errors=True)
-prepare_comfyui(base_directory=_base_directory.name)
+prepare_comfyui(base_directory=_base_directory.name, cpu=os.environ.get("TRITON_INTERPRET") == "1")
 load_pack()
 
 

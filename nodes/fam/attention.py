@@ -137,13 +137,14 @@ class FlawAttention:
         maps = soft_mask_to_frames(self.flaw_map, layout, "flaw_map", self.temporal_ratio)
         return maps.unflatten(0, (layout.batch, layout.frames_per_sample))
 
-    def amount(self, call: Call, grid: tuple[int, int] | None, device: torch.device) -> torch.Tensor:
-        """Strength times map of each token, (rows, tokens), on a UNet's grid or, without one, on the family's tokens."""
-        key = (call.shape, call.view, grid, device)
+    def amount(self, call: Call, grid: tuple[int, int] | None, like: torch.Tensor) -> torch.Tensor:
+        """Strength times map of each token, (rows, tokens), on a UNet's grid or, without one, on the family's tokens; where
+        `like` is, in its dtype."""
+        key = (call.shape, call.view, grid, like.device, like.dtype)
         if key not in self.amounts:
             maps = view_maps(self.latent_maps(call), call.view)
             tokens = pool_tokens(maps, self.family.token(call.network)) if grid is None else resize_tokens(maps, *grid)
-            self.amounts[key] = (self.strength * tokens).to(device)
+            self.amounts[key] = (self.strength * tokens).to(like)
         return self.amounts[key]
 
     # The hooks
@@ -156,6 +157,9 @@ class FlawAttention:
 
     def scale(self, k, v, amount, first: int, axis: int):
         """Key and value, those that are to be scaled scaled."""
+        if k is v:  # as UNets have it
+            scaled = scale_tokens(k, amount, first, axis)
+            return scaled if self.scale_key else k, scaled if self.scale_value else v
         if self.scale_key and self.scale_value:
             return scale_pair(k, v, amount, first, axis)
         return (
@@ -173,14 +177,14 @@ class FlawAttention:
             grid = level_grid(*extra_options["original_shape"][-2:], k.shape[1], round_up=True) or grid
         if tuple(k.shape[:2]) != (call.view.rows, grid[0] * grid[1]):
             return q, k, v
-        return q, *self.scale(k, v, self.amount(call, tuple(grid), k.device), 0, axis=1)
+        return q, *self.scale(k, v, self.amount(call, tuple(grid), k), 0, axis=1)
 
     def transformer_patch(self, q, k, v, pe=None, attn_mask=None, extra_options=None):
         """attn1_patch of a transformer: q, k, v (rows, heads, tokens, channels), and where its image part lies."""
         call = self.call_of(extra_options or {})
         if call is None or "img_slice" not in extra_options:
             return {}
-        amount = self.amount(call, None, k.device)
+        amount = self.amount(call, None, k)
         if len(k) > len(amount) and len(k) % len(amount) == 0:  # frames as rows of their own
             amount = amount.unflatten(1, (len(k) // len(amount), -1)).flatten(0, 1)
         first, last = extra_options["img_slice"]
@@ -198,22 +202,23 @@ class FlawAttention:
             call = self.call_of(options)
             if call is not None:
                 axis = 2 if kwargs.get("skip_reshape") else 1
-                amount, first = self.locate(call, q.shape[axis], k.shape[axis], options, k.device)
+                amount, first = self.locate(call, q.shape[axis], k.shape[axis], options, k)
                 if amount is not None and len(amount) == len(k):
                     k, v = self.scale(k, v, amount, first, axis)
             return func(q, k, v, *args, **kwargs) if previous is None else previous(func, q, k, v, *args, **kwargs)
 
         return attention
 
-    def locate(self, call: Call, queries: int, keys: int, options: dict, device) -> tuple[torch.Tensor | None, int]:
-        """The amounts of the image's tokens among `keys` tokens and where they begin; (None, 0) for other attention."""
+    def locate(self, call: Call, queries: int, keys: int, options: dict, like: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+        """The amounts of the image's tokens among `keys` tokens, as `amount` gives them, and where they begin; (None, 0) for other
+        attention."""
         family = self.family
         if family is CASCADE:
             height, width = call.shape[-2:]
             step = family.token(call.network)[1]
             grid = level_grid(height // step, width // step, queries, round_up=False)
-            return (None, 0) if grid is None else (self.amount(call, grid, device), 0)
-        amount = self.amount(call, None, device)
+            return (None, 0) if grid is None else (self.amount(call, grid, like), 0)
+        amount = self.amount(call, None, like)
         tokens = amount.shape[1]
         if queries != keys or keys < call.before + tokens or (family.cross and not self.is_self_attention(call, keys, options)):
             return None, 0

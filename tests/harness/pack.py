@@ -28,8 +28,8 @@ def _is_root(entry: str) -> bool:
     return Path(entry or os.curdir).resolve() == ROOT
 
 
-def prepare_comfyui(path: Path | str | None = None, base_directory: Path | str | None = None) -> None:
-    """Puts a ComfyUI folder (default: the one dev.py chose) first on sys.path, on the CPU when there is no CUDA.
+def prepare_comfyui(path: Path | str | None = None, base_directory: Path | str | None = None, cpu: bool = False) -> None:
+    """Puts a ComfyUI folder (default: the one dev.py chose) first on sys.path, on the CPU if asked or when there is no CUDA.
 
     `base_directory` moves its models, input, output and user folders, so that nothing is written beside its source.
     To be called before anything of ComfyUI is imported: its choice of device is made once, at import.
@@ -47,7 +47,7 @@ def prepare_comfyui(path: Path | str | None = None, base_directory: Path | str |
     # As in main.py, before anything imports ComfyUI's nodes.py: that puts comfy/, with a utils.py, before this package.
     import utils  # noqa: F401
 
-    args.cpu = not torch.cuda.is_available()
+    args.cpu = cpu or not torch.cuda.is_available()
     if base_directory is not None:
         args.base_directory = str(base_directory)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 
@@ -73,7 +74,7 @@ def initialise(network: torch.nn.Module, seed: int) -> None:
 
 
 def build(config_class, sizes: dict, seed: int, state_dict: dict | None = None) -> comfy.model_patcher.ModelPatcher:
-    """The model of one of ComfyUI's configs (comfy.supported_models) at other sizes, float32 on the CPU."""
+    """The model of one of ComfyUI's configs (comfy.supported_models) at other sizes, float32, sampled on ComfyUI's device."""
     cpu = torch.device("cpu")
     with torch.inference_mode(False):
         config = config_class({**config_class.unet_config, **sizes})
@@ -81,7 +82,7 @@ def build(config_class, sizes: dict, seed: int, state_dict: dict | None = None) 
         config.set_inference_dtype(torch.float32, None)
         model = config.get_model(state_dict or {}, device=cpu)
         initialise(model.diffusion_model, seed)
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    return comfy.model_patcher.ModelPatcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=cpu)
 
 
 def sample(small: SmallModel, model=None, latent=None, seed=3, steps=4, cfg=4.0, sampler="euler", scheduler="simple",

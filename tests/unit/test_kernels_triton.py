@@ -122,6 +122,15 @@ def test_median_and_mad(name, masked, device):
         assert_close(result, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_sample_median(name, device):
+    reference, triton = kernel("sample_median", device)
+    values = ROWS[name]
+    assert_close(triton(values), reference(values), rtol=0, atol=0)
+    valid = torch.rand(values.shape[1:], generator=torch.Generator().manual_seed(5)) < 0.5
+    assert_close(triton(values, valid), reference(values, valid), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.85, 1.0])
 @pytest.mark.parametrize("name", ROWS)
 def test_sample_quantile(name, share, device):
@@ -217,6 +226,13 @@ def test_what_cannot_run_by_triton_is_said(monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "fast")
     with pytest.raises(ValueError, match="auto, torch or triton"):
         regions.label_regions(torch.zeros(1, 4, 4) > 0)
+
+
+def test_rows_that_do_not_fit_into_one_program_are_torchs(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="takes up to 65536 values a sample, and here are 65537"):
+        robust_threshold.sample_median(torch.zeros(1, robust_threshold.LONGEST_ROW + 1))
 
 
 def test_interpreter_is_never_chosen_by_itself(monkeypatch):
