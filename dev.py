@@ -13,6 +13,7 @@ import argparse
 import signal
 import subprocess
 import types
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -46,10 +47,9 @@ def run(environment: Environment, command: list, cwd: Path | None = None) -> int
 def demo(environment: Environment, options: argparse.Namespace) -> int:
     from tests.harness.demo import run_demo
     from tests.harness.fam_demo import run_fam_demo
-    from tests.harness.fam_lora_demo import run_fam_lora_demo
 
-    runs = {"quickstart": run_demo, "fam": run_fam_demo, "fam_lora": run_fam_lora_demo}
-    return runs[options.template](environment, options.output.absolute(), options.update_docs)
+    chosen = run_demo if options.template == "quickstart" else partial(run_fam_demo, options.template)
+    return chosen(environment, options.output.absolute(), options.update_docs)
 
 
 def test(environment: Environment, options: argparse.Namespace) -> int:

@@ -51,6 +51,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
+@pytest.fixture
+def repeatable():
+    """For tests of training that compare bits: on a GPU, gradients whose kernels add up in the same order every time."""
+    torch.use_deterministic_algorithms(torch.cuda.is_available(), warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def comfy_server():
     """One real ComfyUI with the pack, for all tests of the session that want one."""

@@ -12,7 +12,7 @@ from .highlighter_schema import CATEGORY, FlawHighlighterType
 from .lora_adapters import LoRAWeights, training_copy
 from .lora_checks import check_highlighter, check_vae, normal_tensors, training_data
 from .lora_pictures import draw_curves
-from .lora_session import Session, measure_cost, tell
+from .lora_session import Session, measure_cost, memory_in_use, tell
 from .lora_settings import DTYPES, FlawAwareSettings
 from .lora_state import NEW_RUN, RunFile, changes, read_run, restore, run_names
 
@@ -151,6 +151,7 @@ def prepare(session: Session, samples: torch.Tensor, earlier: tuple | None, name
             tell(node_id, f"Not the run that {name} began any more, for this was changed: {', '.join(different)}.")
     cost = measure_cost(training)
     cost.map = session.look()
+    cost.memory = max(cost.memory, memory_in_use(training.model.load_device))
     if training.uses_map:
         check_highlighter(training.sampling, samples, session.first)
     if training.settings.noise_strength and not works_on_pixels(training.model):

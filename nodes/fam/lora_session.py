@@ -62,14 +62,21 @@ class Cost:
         )
 
 
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: with CUDA the most that were reserved since the counting began, else what is taken of the device's memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return comfy.model_management.get_total_memory(device) - comfy.model_management.get_free_memory(device)
+
+
 def measure_cost(training: FlawAwareTraining) -> Cost:
     """Two trial steps, the second one timed: the first also loads the model.
 
     Raises:
         ValueError: no step can be done with these inputs, with what the usual causes are.
     """
-    device, cuda = training.model.load_device, training.model.load_device.type == "cuda"
-    if cuda:
+    device = training.model.load_device
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
         training.trial()
@@ -89,9 +96,7 @@ def measure_cost(training: FlawAwareTraining) -> Cost:
             "positive from the text encoder of another model, or latents of another model's VAE, are the usual causes; a patch "
             "on the model that does not let gradients through is another."
         ) from error
-    total = comfy.model_management.get_total_memory(device)
-    used = torch.cuda.max_memory_reserved(device) if cuda else total - comfy.model_management.get_free_memory(device)
-    return Cost(seconds, used, total)
+    return Cost(seconds, memory_in_use(device), comfy.model_management.get_total_memory(device))
 
 
 class Session:

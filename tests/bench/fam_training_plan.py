@@ -24,6 +24,7 @@ VARIANTS = {
     "forward": Variant(attention=0), "reverse": Variant(noise=0), "both": Variant(),
     "forward 0.1": Variant(0, 0.1), "reverse 0.1": Variant(0.1, 0), "both, uniform map": Variant(change="uniform"),
     "both, rolled map": Variant(change="rolled"), "both, inverted map": Variant(change="inverted"),
+    "forward -0.1": Variant(0, -0.1),
     "forward 0.05": Variant(0, 0.05), "reverse 0.05": Variant(0.05, 0),
     "forward 0.1, uniform map": Variant(0, 0.1, change="uniform"),
     "both, split 1:4": Variant(base_fraction=0.2), "both, split 4:1": Variant(base_fraction=0.8),

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -73,19 +74,34 @@ class Worker:
         """Do jobs until none is left or the time is over."""
         while time.time() < self.until:
             left = [job for job in jobs_of(self.size) if not any(self.path(job.name, end).exists() for end in ("json", "failed"))]
-            lost = [job for job in left if any(self.path(name, "failed").exists() for name in job.needs)]
-            for job in lost:
-                self.path(job.name, "failed").write_text("What it needs failed.")
+            for job in left:
+                if any(self.path(name, "failed").exists() for name in job.needs):
+                    self.path(job.name, "failed").write_text("What it needs failed.")
+                elif self.abandoned(job):
+                    self.path(job.name, "failed").write_text("The worker that did it ended.")
             ready = [job for job in left if all(self.path(name).exists() for name in job.needs)]
             if not left:
                 return
             if not any(self.claim(job) for job in ready):
                 time.sleep(0.3)
 
-    def claim(self, job: Job) -> bool:
-        """Do a job, unless another worker does it or the time is over; whether it was done or failed here."""
+    def abandoned(self, job: Job) -> bool:
+        """Whether the worker that claimed this job is no more and left nothing."""
+        claim = self.path(job.name, "claim")
+        worker = claim.read_text() if claim.exists() else ""
+        if not worker or self.path(job.name).exists() or sys.platform == "win32":  # there, asking for a process ends it
+            return False
         try:
-            os.close(os.open(self.path(job.name, "claim"), os.O_CREAT | os.O_EXCL))
+            os.kill(int(worker), 0)
+        except ProcessLookupError:
+            return not self.path(job.name).exists()
+        return False
+
+    def claim(self, job: Job) -> bool:
+        """Do a job, unless another worker does it; whether it was done or failed here."""
+        try:
+            with open(self.path(job.name, "claim"), "x") as file:
+                file.write(str(os.getpid()))
         except FileExistsError:
             return False
         start = time.perf_counter()

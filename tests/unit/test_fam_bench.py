@@ -1,7 +1,11 @@
 """The benchmark of FAM training: its quick step is the node's, its sampler ComfyUI's, and it runs from end to end."""
 
 import json
+import subprocess
+import sys
+import time
 
+import comfy.model_management
 import comfy.sample
 import pytest
 import torch
@@ -19,6 +23,8 @@ from tests.bench.fast_demo import FastDemo
 from tests.exact.images import shape_images
 from tests.unit.fam_lora_support import rough_highlighter
 
+ROUNDING = 1e-3 if comfy.model_management.get_torch_device().type == "cpu" else 3e-2
+"""Of gradients and pictures in float32; a GPU's convolutions round to TF32."""
 IMAGES, LABELS = shape_images(40, 32, 3, 0), torch.arange(40) % 10
 
 
@@ -59,12 +65,13 @@ def test_step_is_the_nodes(fast, attention, noise):
         fast.set_map(flaw_map, attention, noise)
         ours = fast.loss()
     ours.backward()
-    assert ours.item() == pytest.approx(loss, rel=1e-5)
+    assert ours.item() == pytest.approx(loss, rel=ROUNDING / 100)
     assert (ours.item() != ordinary) == (attention + noise > 0)
     for name, parameter in fast.parameters.items():
-        assert (parameter.grad - gradients[name]).norm() <= 1e-3 * gradients[name].norm() + 1e-7, name
+        assert (parameter.grad - gradients[name]).norm() <= ROUNDING * gradients[name].norm() + 1e-7, name
 
 
+@pytest.mark.usefixtures("repeatable")
 def test_state_goes_on_where_it_was(fast):
     """A state put back gives the same steps bit for bit, maps and all; a map of None is no map."""
     fast.set_map(torch.rand(1, 32, 32), 0.1, 0.1)
@@ -105,7 +112,7 @@ def test_sampler_is_comfyuis(fast):
             flaw_aware_demo.trainable_demo(demo_model), noise, 6, 1.0, "euler", "normal", [[tokens, {}]],
             [[demo_model.class_token(None), {}]], torch.zeros_like(noise), disable_pbar=True, seed=0,
         ).clamp(-1, 1).cpu()
-    assert (ours - theirs).abs().max() < 1e-3
+    assert (ours - theirs).abs().max() < ROUNDING
 
 
 def test_changed_maps_keep_their_mean():
@@ -129,6 +136,16 @@ def test_jobs_need_what_comes_before_them():
     assert all(jobs.index(need) < jobs.index(job.name) for job in jobs_of(SIZES["gpu"]) for need in job.needs)
 
 
+def test_what_a_dead_worker_began_is_given_up(tmp_path, monkeypatch):
+    """So that the others neither wait for it nor for what needs it."""
+    monkeypatch.setattr(fam_training_runs, "load_fashion_mnist", lambda folder: ((IMAGES, LABELS), (IMAGES, LABELS)))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "base model.claim").write_text(str(ended.pid))
+    fam_training_runs.Worker(demo_model, tmp_path, None, SIZES["tiny"], time.time() + 60, 1, False).work()
+    assert len(list(tmp_path.glob("*.failed"))) == len(jobs_of(SIZES["tiny"])) and not list(tmp_path.glob("*.json"))
+
+
 def test_whole_benchmark_from_end_to_end(tmp_path, monkeypatch):
     """All jobs of the tiny size in one go; called again, nothing is done twice; the tables hold every arm and sweep."""
     import artifact_guard
@@ -141,7 +158,7 @@ def test_whole_benchmark_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(fam_training_runs, "trained_classifier", lambda *_, **__: Classifier().eval().requires_grad_(False))
     monkeypatch.setattr(fam_training_runs.Worker, "highlighter", rough_highlighter(size=32))
     options = ["--size", "tiny", "--workers", "0"]
-    figures = fam_training.run(artifact_guard, tmp_path, None, options)
+    figures = fam_training.run(artifact_guard, tmp_path, None, options=options)
     assert not figures["left"] and not figures["failed"]
     assert [step for step, _ in figures["base_model"]["FD_by_step"]] == [0, 2, 4]
     assert figures["arms"]["both"]["seeds"] == [0, 1] and len(figures["arms"]["both"]["seeds_interval"]) == 2
@@ -152,4 +169,4 @@ def test_whole_benchmark_from_end_to_end(tmp_path, monkeypatch):
     text = tables(json.loads(json.dumps(figures)))
     assert all(f"| {name} |" in text for name in ("base", "both", *sweeps))
     monkeypatch.setattr(fam_training_runs.Worker, "do", None)
-    assert fam_training.run(artifact_guard, tmp_path, None, options)["arms"] == figures["arms"]
+    assert fam_training.run(artifact_guard, tmp_path, None, options=options)["arms"] == figures["arms"]

@@ -15,6 +15,8 @@ from artifact_guard.nodes.fam.weight_average import WeightAverage
 from tests.small_models import sample, small_model
 from tests.unit.fam_lora_support import equal, run_until, settings, smooth_latents, start, trained
 
+pytestmark = pytest.mark.usefixtures("repeatable")
+
 
 def test_phases_by_hand():
     phases = Phases.of(10, 0.4, 3)
@@ -78,7 +80,7 @@ def test_noise_is_amplified_on_pixels_and_wrappers_of_the_user_see_it():
 
     def watch(executor, x, t, *args, **kwargs):
         if torch.is_grad_enabled():
-            seen.append((x.detach().clone(), t.clone()))
+            seen.append((x.detach().clone().cpu(), t.clone().cpu()))
         return executor(x, t, *args, **kwargs)
 
     watched = model.clone()

@@ -8,6 +8,8 @@ from tests.bench import flaw_aware_demo
 from tests.exact.images import shape_images
 from tests.unit.fam_lora_support import Stop, rough_highlighter, settings
 
+pytestmark = pytest.mark.usefixtures("repeatable")
+
 
 @pytest.fixture
 def short(monkeypatch):

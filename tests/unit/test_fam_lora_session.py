@@ -16,6 +16,8 @@ from tests.small_models import small_model
 from tests.unit.fam_lora_support import equal
 from tests.unit.test_fam_lora_models import train
 
+pytestmark = pytest.mark.usefixtures("repeatable")
+
 
 @pytest.fixture
 def small():
