@@ -36,11 +36,9 @@ def closed_form(u: torch.Tensor, denoised: torch.Tensor, level: torch.Tensor, po
     Args:
         level: (B,) log-SNR of the step, t_i.
     """
-    alpha, v = alpha_and_variance(level)
-    alphas, variances = posterior.coefficients
-    shares = posterior.gamma / variances
-    of_u = shares.sum(dim=1) - 1 / v
-    of_denoised = alpha / v - (shares * alphas).sum(dim=1)
+    snr = level.exp()
+    of_u = posterior.means[:, 0] - (1.0 + snr)  # 1 / v = 1 + snr, alpha / v = sqrt(snr * (1 + snr))
+    of_denoised = torch.addcmul(snr, snr, snr).sqrt() - posterior.means[:, 4]
     return torch.addcmul(column(of_u, u) * u, column(of_denoised, u), denoised)
 
 
@@ -64,17 +62,17 @@ def surplus(posterior: Posterior, level: torch.Tensor) -> torch.Tensor:
     The factor gap^2 / (gap^2 + spread^2) is Wiener's: a gap as small as the posterior's own spread counts half. A
     sample with too little noise counts as aligned.
     """
-    mean, spread = posterior.moments
-    gap = (mean - F.logsigmoid(-level)).clamp_min(0.0)
+    mean, variance = posterior.log_variance()
+    gap = (mean + F.softplus(level)).clamp_min(0.0)  # ln v = -softplus(log-SNR)
     squares = gap.square()
-    return gap * squares / torch.addcmul(squares, spread, spread).clamp_min(1e-12)
+    return gap * squares / (squares + variance).clamp_min(1e-12)
 
 
 def sample_level(posterior: Posterior | None, level: torch.Tensor, strength: float) -> torch.Tensor:
     """The level (B,) at which to ask the model: the sample's own at strength 1 and above, the step's at 0."""
     if posterior is None:
         return level
-    log_v = torch.add(F.logsigmoid(-level), surplus(posterior, level), alpha=min(strength, 1.0)).clamp(max=math.log(MOST_NOISE))
+    log_v = (min(strength, 1.0) * surplus(posterior, level) - F.softplus(level)).clamp(max=math.log(MOST_NOISE))
     return torch.minimum(level, torch.log1p(-log_v.exp()) - log_v)
 
 
@@ -94,7 +92,7 @@ def relative_correction(tls: torch.Tensor, reach: torch.Tensor, strength: float,
     Args:
         reach: (B,) RMS(D - x) in the model's own form. gap: (B,) from `surplus`.
     """
-    size = (strength * (1 - torch.exp(-0.5 * gap))).clamp(max=LARGEST_CORRECTION) * reach
+    size = (-strength * torch.expm1(-0.5 * gap)).clamp(max=LARGEST_CORRECTION) * reach
     tls = tls.nan_to_num(0.0, 0.0, 0.0)
     return tls * column(size / root_mean_square(tls).clamp_min(1e-30), tls)
 

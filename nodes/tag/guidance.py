@@ -12,9 +12,10 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..latents import FrameLayout, check_latent
 from .compatibility import check_predictor
+from .energy import EnergyEstimator
 from .judge import Judge
 from .levels import Schedule
-from .posterior import EnergyEstimator, NetworkEstimator, column
+from .posterior import NetworkEstimator, column
 from .predictor import TimePredictor
 from .process import Process
 from .settings import TagSettings
@@ -100,7 +101,7 @@ class GuidedRun:
         if denoise_mask is not None:
             weight = (denoise_mask.to(device) > 0).float()
         if predictor is None:
-            self.steering = Steering(settings, EnergyEstimator(weight, float(self.process.levels[0])))
+            self.steering = Steering(settings, EnergyEstimator(weight, float(record.schedule.log_snr.min())))
         else:
             judge = Judge(predictor, device, self.layout, guider)
             self.steering = Steering(settings, NetworkEstimator(judge, judge.levels), judge.gradient)
@@ -118,7 +119,7 @@ class GuidedRun:
                 asked, moved = timestep, x if u_asked is u else u_asked * column(scale, u_asked)
             else:
                 asked = self.process.noisier(sigma, level, level_asked)
-                moved = u_asked * column(self.process.level_and_scale(asked)[1], u_asked)
+                moved = u_asked * column(self.process.scale(asked), u_asked)
             return executor(moved.to(x.dtype), asked.to(timestep.dtype), model_options, seed)
 
         denoised, posterior = self.steering.estimate(ask, x, u, level, self._within(timestep))

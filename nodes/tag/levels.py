@@ -50,7 +50,7 @@ class Schedule:
         times = torch.linspace(0.0, TIMES, POINTS, dtype=torch.float64)
         sigmas = [float(model_sampling.percent_to_sigma(1.0 - float(time) / TIMES)) for time in times]
         sigmas = torch.tensor(sigmas, dtype=torch.float64).clamp(low, high)
-        read = cls(times, sigmas, log_snr(*coefficients(model_sampling, sigmas)))
+        read = cls(times, sigmas, log_snr(coefficients(model_sampling, sigmas)))
         _READ[model_sampling] = (ends, read)
         return read
 
@@ -76,17 +76,40 @@ def interpolate(at: torch.Tensor, known: torch.Tensor, values: torch.Tensor) -> 
     return torch.lerp(values[after - 1], values[after], part)
 
 
-def coefficients(model_sampling, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a and b (B,) of x = a * x0 + b * eps at sigmas (B,), in their dtype, read off the model itself."""
-    zero, one = torch.zeros_like(sigma)[:, None], torch.ones_like(sigma)[:, None]
-    a = model_sampling.noise_scaling(sigma, zero.clone(), one.clone())
-    b = model_sampling.noise_scaling(sigma, one, zero)
-    return a[:, 0], b[:, 0]
+class Line:
+    """`interpolate` of one table, prepared once: at most four operations each time it is read."""
+
+    def __init__(self, known: torch.Tensor, values: torch.Tensor):
+        low, high = known[:-1], known[1:]
+        slope = (values[1:] - values[:-1]) / (high - low).clamp_min(1e-12)
+        self.inner, self.parts = known[1:-1].contiguous(), torch.stack([low, values[:-1], slope], dim=1)
+        self.ends = known[:1], known[-1:]
+
+    def __call__(self, at: torch.Tensor) -> torch.Tensor:
+        low, value, slope = self.parts[torch.searchsorted(self.inner, at)].unbind(1)
+        return torch.addcmul(value, slope, torch.clamp(at, *self.ends) - low)
 
 
-def log_snr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """2 ln(a / b), kept within LOG_SNR_RANGE."""
-    return (2.0 * (a.clamp_min(1e-12).log() - b.clamp_min(1e-12).log())).clamp(*LOG_SNR_RANGE)
+def signal_and_noise(sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `coefficients` asks a model with, for as many sigmas (B,): (2 B, 1) each, a unit of the one and none of the other."""
+    signal = torch.zeros(2 * len(sigma), 1, dtype=sigma.dtype, device=sigma.device)
+    signal[: len(sigma)] = 1.0
+    return signal, 1.0 - signal
+
+
+def coefficients(model_sampling, sigma: torch.Tensor, units: tuple | None = None) -> torch.Tensor:
+    """a and b (2, B) of x = a * x0 + b * eps at sigmas (B,), in their dtype, read off the model itself.
+
+    units: signal_and_noise, if they are at hand.
+    """
+    signal, noise = units or signal_and_noise(sigma)
+    return model_sampling.noise_scaling(torch.cat([sigma, sigma]), noise.clone(), signal).reshape(2, -1)
+
+
+def log_snr(of_both: torch.Tensor) -> torch.Tensor:
+    """2 ln(a / b) (B,) of a and b (2, B), kept within LOG_SNR_RANGE."""
+    a, b = of_both.clamp_min(1e-12).log()
+    return (2.0 * (a - b)).clamp(*LOG_SNR_RANGE)
 
 
 def alpha_and_variance(level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

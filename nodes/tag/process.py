@@ -2,7 +2,7 @@
 
 import torch
 
-from .levels import Schedule, coefficients, interpolate, log_snr
+from .levels import Line, Schedule, coefficients, log_snr, signal_and_noise
 from .posterior import column
 
 
@@ -14,14 +14,24 @@ class Process:
 
     def __init__(self, model_sampling, schedule: Schedule, device: torch.device):
         self.model_sampling = model_sampling
-        self.sigmas = schedule.sigmas.flip(0).float().to(device)
-        self.log_sigmas = self.sigmas.log()
-        self.levels = schedule.log_snr.flip(0).float().to(device)
+        levels, sigmas = (values.flip(0).float().to(device) for values in (schedule.log_snr, schedule.sigmas))
+        self.log_sigma = Line(levels, sigmas.log())
+        self.largest = sigmas[:1]
+        self.units: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def level_and_scale(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """log-SNR, and sqrt(a^2 + b^2), x = scale * u, each (B,), at sigmas (B,)."""
-        a, b = coefficients(self.model_sampling, sigma)
-        return log_snr(a, b), torch.addcmul(a * a, b, b).sqrt()
+        both = self._coefficients(sigma)
+        return log_snr(both), torch.linalg.vector_norm(both, dim=0)
+
+    def scale(self, sigma: torch.Tensor) -> torch.Tensor:
+        """sqrt(a^2 + b^2) alone."""
+        return torch.linalg.vector_norm(self._coefficients(sigma), dim=0)
+
+    def _coefficients(self, sigma: torch.Tensor) -> torch.Tensor:
+        if self.units is None or len(self.units[0]) != 2 * len(sigma):
+            self.units = signal_and_noise(sigma)
+        return coefficients(self.model_sampling, sigma, self.units)
 
     def vp(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """u = x / sqrt(a^2 + b^2), float32."""
@@ -36,6 +46,6 @@ class Process:
 
         The table's sigma is taken relative to its own value at the step, so that its grain leaves no trace there.
         """
-        asked, here = interpolate(torch.cat([level, own]), self.levels, self.log_sigmas).chunk(2)
+        asked, here = self.log_sigma(torch.cat([level, own])).chunk(2)
         ratio = torch.exp(asked - here).clamp_min(1.0)
-        return torch.where(ratio > 1.0, torch.minimum(sigma * ratio, self.sigmas[0].clamp_min(sigma.max())), sigma)
+        return torch.minimum(sigma * ratio, torch.maximum(sigma, self.largest))

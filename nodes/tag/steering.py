@@ -7,7 +7,8 @@ import torch
 from .alignment import (
     Ask, closed_form, relative_correction, root_mean_square, sample_level, score_correction, shift, step_omega, surplus,
 )
-from .posterior import EnergyEstimator, NetworkEstimator, Posterior
+from .energy import EnergyEstimator
+from .posterior import NetworkEstimator, Posterior
 from .settings import TagSettings
 
 Gradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -25,18 +25,38 @@ PREVIEW_EVERY = 50
 CURVE_POINTS = 200
 
 
-def training_data(model, latents: dict, conditioning: list | None) -> TrainingData:
-    """What the node was given as training data, in the model's own latent space.
+def clean_frames(model, latents: dict) -> tuple[torch.Tensor, int]:
+    """The frames (B * T, C, H, W) of a LATENT in the model's own latent space, and how many of them each sample has, T.
 
     Raises:
-        ValueError: too few latents, NaN in them, latents of another model, or conditions that do not fit them.
+        ValueError: no image part, NaN, or a LATENT of another model.
     """
     layout, samples = image_part(latents)
     if layout is None or len(samples) == 0:
         raise ValueError("latents: an empty batch, or one without an image part, came. Clean latents of images are wanted.")
-    latent_format = model.get_model_object("latent_format")
-    check_latent(samples, latent_format, nested=False)
-    frames = layout.frames(model.model.process_latent_in(samples.float().cpu())).clone()
+    check_latent(samples, model.get_model_object("latent_format"), nested=False)
+    return layout.frames(model.model.process_latent_in(samples.float().cpu())).clone(), layout.frames_per_sample
+
+
+def training_data(model, latents: list[dict], conditioning: list | None) -> TrainingData:
+    """What the node was given as training data, in the model's own latent space, all in one.
+
+    Args:
+        latents: one LATENT with a batch, or many, as from a folder of pictures.
+        conditioning: the entries of all conditions in order, or None.
+
+    Raises:
+        ValueError: too few latents, NaN in them, latents of another model or of several sizes, or conditions that do not
+            fit them.
+    """
+    parts, lengths = zip(*(clean_frames(model, latent) for latent in latents))
+    if len({part.shape[1:] for part in parts}) > 1:
+        one, other = sorted({f"{part.shape[-1]}x{part.shape[-2]}" for part in parts})[:2]
+        raise ValueError(
+            f"latents: several sizes came, such as {one} and {other} latent pixels. Crop or scale the pictures to one size "
+            f"before they are encoded; the predictor then works at others near it too."
+        )
+    frames = torch.cat(parts)
     if len(frames) < 2:
         raise ValueError(
             "latents: a single one came. At least two are wanted, one of which is held out; hundreds make a predictor "
@@ -45,12 +65,13 @@ def training_data(model, latents: dict, conditioning: list | None) -> TrainingDa
     if conditioning is None:
         return TrainingData(frames)
     means = torch.cat([tokens.detach().float().cpu().mean(dim=1) for tokens, _ in conditioning])
-    if len(means) == layout.batch:
-        means = means.repeat_interleave(layout.frames_per_sample, dim=0)
+    frames_of = torch.tensor([length for part, length in zip(parts, lengths) for _ in range(len(part) // length)])
+    if len(means) == len(frames_of):
+        means = means.repeat_interleave(frames_of, dim=0)
     if len(means) not in (1, len(frames)):
         raise ValueError(
-            f"conditioning: {len(means)} conditions came for {layout.batch} latents. Give one for all of them, or one "
-            f"each, in the same order (Conditioning Combine puts them together)."
+            f"conditioning: {len(means)} conditions came for {len(frames_of)} latents. Give one for all of them, or one "
+            f"each, in the same order (as a list, or put together by Conditioning Combine)."
         )
     return TrainingData(frames, means.expand(len(frames), -1).clone())
 
@@ -115,11 +136,12 @@ class TAGTrainTimePredictor(io.ComfyNode):
             category="Artifact Guard/TAG",
             description="Trains a small network to see how noisy a latent is. Cancelling keeps what was learned.",
             search_aliases=["tag training", "train tag", "time predictor training", "temporal alignment training"],
+            is_input_list=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that the predictor is for; it gives the latent format and noise "
                                "schedule and is not run."),
-                io.Latent.Input("latents", tooltip="Clean latents like those the model makes: encoded images or samples. "
-                                "Hundreds or more; a tenth is held out."),
+                io.Latent.Input("latents", tooltip="Clean latents like those the model makes: encoded images or samples, a "
+                                "batch or a list. Hundreds or more; a tenth is held out."),
                 io.Int.Input("steps", default=3000, min=1, max=1000000, tooltip="Training steps. More is better, slowly."),
                 io.Int.Input("batch_size", default=128, min=1, max=4096, tooltip="Noised latents a step. Higher learns "
                              "more steadily and takes longer and more memory."),
@@ -144,20 +166,29 @@ class TAGTrainTimePredictor(io.ComfyNode):
     def execute(
         cls, model, latents, steps, batch_size, learning_rate, seed, conditioning=None, time_predictor=None
     ) -> io.NodeOutput:
-        settings = TrainingSettings(steps, batch_size, learning_rate, seed)
-        with torch.inference_mode(False), torch.enable_grad():
-            data = training_data(model, latents, conditioning)
-            predictor = starting_point(model, data, seed, time_predictor)
-            kept, held = data.split(seed)
-            trainer = Trainer(predictor, kept, settings, comfy.model_management.get_torch_device())
-            losses, cancelled = train_steps(trainer, steps)
-            result = trainer.result()
-            gap = judged(result, held, Schedule.of(model.get_model_object("model_sampling")))
-        title = f"{len(losses)} steps, {result.steps} in all; held-out time gap {gap:.1f}"
-        if cancelled:
-            title = f"Cancelled after {len(losses)} of {steps} steps; what was learned is kept. Time gap {gap:.1f}"
-        logging.info("Time predictor: %s", title)
-        return io.NodeOutput(result, loss_curve(losses, title), gap)
+        """Everything comes as a list: latents and conditions of a folder are many, of the rest the first counts."""
+        settings = TrainingSettings(steps[0], batch_size[0], learning_rate[0], seed[0])
+        entries = None if conditioning is None else [entry for given in conditioning for entry in given]
+        return io.NodeOutput(*train(model[0], latents, settings, entries, time_predictor and time_predictor[0]))
+
+
+def train(
+    model, latents: list[dict], settings: TrainingSettings, conditioning: list | None, given: TimePredictor | None
+) -> tuple[TimePredictor, torch.Tensor, float]:
+    """(predictor, loss curve, held-out time gap). given: a predictor to go on with; the rest as in training_data."""
+    with torch.inference_mode(False), torch.enable_grad():
+        data = training_data(model, latents, conditioning)
+        predictor = starting_point(model, data, settings.seed, given)
+        kept, held = data.split(settings.seed)
+        trainer = Trainer(predictor, kept, settings, comfy.model_management.get_torch_device())
+        losses, cancelled = train_steps(trainer, settings.steps)
+        result = trainer.result()
+        gap = judged(result, held, Schedule.of(model.get_model_object("model_sampling")))
+    title = f"{len(losses)} steps, {result.steps} in all; held-out time gap {gap:.1f}"
+    if cancelled:
+        title = f"Cancelled after {len(losses)} of {settings.steps} steps; what was learned is kept. Time gap {gap:.1f}"
+    logging.info("Time predictor: %s", title)
+    return result, loss_curve(losses, title), gap
 
 
 def starting_point(model, data: TrainingData, seed: int, given: TimePredictor | None) -> TimePredictor:

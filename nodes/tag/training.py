@@ -53,7 +53,7 @@ class TrainingData:
 
     def take(self, rows: torch.Tensor) -> "TrainingData":
         """These rows, wherever the data lie."""
-        rows = rows.to(self.frames.device)
+        rows = rows.to(self.frames.device, non_blocking=True)
         return TrainingData(self.frames[rows], None if self.conditions is None else self.conditions[rows])
 
     def to(self, device: torch.device) -> "TrainingData":

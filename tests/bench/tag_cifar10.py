@@ -2,7 +2,7 @@
 
     python dev.py bench tag_cifar10 --cifar10 ZIP [--minutes 4.5]
 
-The demo model's network, three times as wide, by the demo model's training, in batches of 256 for so many minutes: it is
+The demo model's network, twice as wide, by the demo model's training, in batches of 256 for so many minutes: it is
 planned to end in time, and the figures say how many steps that were. For a GPU. Without one the same script runs at a tiny
 size, which shows that it works and nothing else. Training goes on where it was stopped. ZIP may hold a part of the images.
 """
@@ -46,7 +46,7 @@ class Size:
 
 
 FULL = Size(
-    images=None, width=96, batch=256, steps=None, minutes=4.5, predictor_steps=3000, classifier_width=64,
+    images=None, width=64, batch=256, steps=None, minutes=4.5, predictor_steps=3000, classifier_width=64,
     classifier_epochs=EPOCHS, pairs=Sizes(batch=512, calm=2048, steady=2048, few=2048, others=2048, measured=512),
 )
 TINY = Size(

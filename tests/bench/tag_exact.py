@@ -55,8 +55,8 @@ class Case:
         closed_form, posterior = self.tag.alignment.closed_form, self.tag.posterior
         sigmas = torch.exp(-0.5 * self.levels.double())
         gamma = log_time_posterior(self.denoiser, self.u, sigmas).exp().float()
-        exact = posterior.Posterior(self.levels.expand(SAMPLES, -1), gamma)
-        one_call, in_run = posterior.EnergyEstimator(), posterior.EnergyEstimator()
+        exact = posterior.Posterior.of(self.levels.expand(SAMPLES, -1), gamma)
+        one_call, in_run = self.tag.energy.EnergyEstimator(), self.tag.energy.EnergyEstimator()
         in_run.after(self.u_before, self.level_before, self.before)
         in_run.keep(self.before)
         predictor = posterior.NetworkEstimator(network, self.levels)
@@ -86,7 +86,7 @@ def against(score: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
 
 
 def run(pack, output, data) -> dict:
-    from artifact_guard.nodes.tag import alignment, levels, posterior, predictor_files  # noqa: F401
+    from artifact_guard.nodes.tag import alignment, energy, levels, posterior, predictor_files  # noqa: F401
 
     tag = pack.nodes.tag
     predictor = predictor_files.load_predictor("demo_fashion_mnist.safetensors")

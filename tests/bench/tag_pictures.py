@@ -87,7 +87,8 @@ def template_sheet(demo_model, model, train) -> Image.Image:
 
 def training_curve(pack, model, train) -> torch.Tensor:
     """The loss curve of the training node, 400 steps on 4,000 images."""
-    from artifact_guard.nodes.tag.schema import TAGTrainTimePredictor
+    from artifact_guard.nodes.tag.train_node import train as train_as_node
+    from artifact_guard.nodes.tag.training import TrainingSettings
 
     chosen = train[0][:: len(train[0]) // 4000]
-    return TAGTrainTimePredictor.execute(model, {"samples": chosen}, 400, 64, 1e-4, 0)[1]
+    return train_as_node(model, [{"samples": chosen}], TrainingSettings(400, 64), None, None)[1]

@@ -157,7 +157,7 @@ def wasserstein(one: torch.Tensor, other: torch.Tensor) -> float:
 def steered(toy: Toy, judge=None, **settings):
     tag = toy.tag
     if judge is None:
-        return tag.steering.Steering(tag.settings.TagSettings(**settings), tag.posterior.EnergyEstimator())
+        return tag.steering.Steering(tag.settings.TagSettings(**settings), tag.energy.EnergyEstimator())
 
     def gradient(u, level, omega):
         return tag.alignment.published_gradient(u, level, judge, toy.levels)
@@ -167,7 +167,7 @@ def steered(toy: Toy, judge=None, **settings):
 
 
 def run(pack, output, data) -> dict:
-    from artifact_guard.nodes.tag import alignment, levels, posterior, settings, steering  # noqa: F401
+    from artifact_guard.nodes.tag import alignment, energy, levels, posterior, settings, steering  # noqa: F401
 
     distances: dict[str, list[float]] = {}
     for seed in SEEDS:

@@ -26,14 +26,15 @@ def defaults() -> dict:
     return {i.id: i.default for i in TAGTrainTimePredictor.define_schema().inputs if getattr(i, "default", None) is not None}
 
 
-def trained(model, latents: dict, rounds: int, **more):
-    """(predictor, seconds so far) after each run of the node."""
-    from artifact_guard.nodes.tag.schema import TAGTrainTimePredictor
+def trained(model, frames: torch.Tensor, conditioning: list | None, rounds: int):
+    """(predictor, seconds so far) after each run of the node's work."""
+    from artifact_guard.nodes.tag.train_node import train
+    from artifact_guard.nodes.tag.training import TrainingSettings
 
-    seconds, predictor = 0.0, None
+    seconds, predictor, settings = 0.0, None, TrainingSettings(**defaults())
     for _ in range(rounds):
         begun = time.perf_counter()
-        predictor = TAGTrainTimePredictor.execute(model, latents, **defaults(), time_predictor=predictor, **more)[0]
+        predictor = train(model, [{"samples": frames}], settings, conditioning, predictor)[0]
         seconds += time.perf_counter() - begun
         yield predictor, seconds
 
@@ -50,17 +51,16 @@ def run(pack, output, data, rounds: int | None = None) -> dict:
     demo_model = pack.nodes.demo.model
     model, _ = demo_model.load_demo_model()
     train, test = training_data(demo_model, data)
-    latents = {"samples": train.frames}
     on_gpu = torch.cuda.is_available()
     rounds, draws = rounds or (ROUNDS if on_gpu else 1), DRAWS if on_gpu else DRAWS_CPU
     like_shipped = new(model, test, 0)
     exact = {latest: exact_gap(like_shipped, model, test, latest, draws) for latest in LATEST}
     figures = {"goal": GOAL, "defaults": defaults(), "draws": draws, "exact": exact}
     for case in ("unconditional", "conditional"):
-        more = {"conditioning": [[row[None, None], {}] for row in train.conditions]} if case == "conditional" else {}
+        conditioning = [[train.conditions[:, None], {}]] if case == "conditional" else None
         asked = test if case == "conditional" else TrainingData(test.frames)
         rows = figures[case] = []
-        for predictor, seconds in trained(model, latents, rounds, **more):
+        for predictor, seconds in trained(model, train.frames, conditioning, rounds):
             rows.append(told(predictor, seconds, model, asked, exact, draws))
             print(case, rows[-1], flush=True)
         reached = [row for row in rows if row["over_exact"][LATEST[0]] <= GOAL]

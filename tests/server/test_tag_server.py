@@ -17,6 +17,8 @@ pytestmark = pytest.mark.server
 
 SHIPPED = "demo_fashion_mnist.safetensors"
 LONG = 100_000
+VAE_OUTPUT = 1
+"""Of the demo model's loader."""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,23 @@ def test_training_saves_a_predictor_that_loads(comfy_server, workflow):
     (path,) = folder.glob("mine_*.safetensors")
     prompt = with_inputs(workflow, "TAGLoadTimePredictor", name=f"tests/{path.name}")
     assert summary(prompt, comfy_server.run(prompt))["estimate_of_time"] == "time predictor"
+    path.unlink()
+
+
+def test_a_folder_of_pictures_trains(comfy_server, workflow):
+    """Core's loader gives a list, VAE Encode a latent for each: together they are what is trained on."""
+    folder = comfy_server.base_directory / "input" / "tag_training"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(6):
+        Image.fromarray(np.full((32, 32, 3), 40 * number, dtype=np.uint8)).save(folder / f"{number}.png")
+    prompt = training(workflow)
+    demo = find(prompt, "ArtifactGuardDemoModel")
+    prompt["folder"] = {"class_type": "LoadImageDataSetFromFolder", "inputs": {"folder": folder.name}}
+    prompt["encode"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["folder", 0], "vae": [demo, VAE_OUTPUT]}}
+    prompt["train"]["inputs"]["latents"] = ["encode", 0]
+    comfy_server.run(prompt)
+    assert "2 steps, 2 in all; held-out time gap" in comfy_server.log()
+    (path,) = (comfy_server.base_directory / "models" / "time_predictors" / "tests").glob("mine_*.safetensors")
     path.unlink()
 
 

@@ -32,9 +32,11 @@ def equal(one, other):
 
 def train_node_run(patcher=None, latents=None, **settings):
     widgets = {"steps": 3, "batch_size": 8, "learning_rate": 1e-4, "seed": 0} | settings
+    latents = {"samples": images()} if latents is None else latents
+    given = widgets | {"model": patcher or model()}
     with torch.inference_mode():
         return TAGTrainTimePredictor.execute(
-            patcher or model(), {"samples": images()} if latents is None else latents, **widgets).result
+            latents=latents if isinstance(latents, list) else [latents], **{name: [value] for name, value in given.items()}).result
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (3, 4, 64, 64), (1, 16, 17, 33), (2, 128, 5, 2)])
@@ -194,6 +196,22 @@ def test_conditions():
         train_node_run(time_predictor=predictor)
 
 
+def test_many_latents_train_as_one_batch_does():
+    """As from a folder: a list of latents, each with its condition. The same predictor as from a batch."""
+    tokens = [[torch.full((1, 3, 2), float(number)), {}] for number in range(12)]
+    listed = [{"samples": image[None]} for image in images()]
+    assert equal(weights(train_node_run(latents=listed)[0]), weights(train_node_run()[0]))
+    given = {name: [value] for name, value in {"steps": 3, "batch_size": 8, "learning_rate": 1e-4, "seed": 0}.items()}
+    one = TAGTrainTimePredictor.execute(
+        model=[model()], latents=listed, conditioning=[[entry] for entry in tokens], **given).result[0]
+    assert one.condition_dim == 2 and equal(weights(one), weights(train_node_run(conditioning=tokens)[0]))
+    videos = [{"samples": torch.randn(1, 3, frames, 16, 16)} for frames in (2, 3)]
+    data = train_node.training_data(model(), videos, tokens[:2])
+    assert len(data.frames) == 5 and data.conditions[:, 0].tolist() == [0, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match="several sizes came, such as 16x16 and 24x16 latent pixels. Crop or scale"):
+        train_node_run(latents=[*listed, {"samples": torch.randn(1, 3, 16, 24)}])
+
+
 def with_nan():
     samples = images().clone()
     samples[3, 0, 2, 2] = float("nan")
@@ -216,7 +234,7 @@ def test_latents_go_through_process_latent_in():
     """A format that scales: the predictor is trained on what the model works on, not on the LATENT's numbers."""
     bare = model()
     bare.model.latent_format.scale_factor = 0.5
-    data = train_node.training_data(bare, {"samples": images()}, None)
+    data = train_node.training_data(bare, [{"samples": images()}], None)
     assert torch.allclose(data.frames, images() * 0.5)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from artifact_guard.nodes.demo import model as demo_model
-from tests.bench import train_demo
+from tests.bench import train_demo, training_runs
 
 STEPS = 4
 CPU = torch.device("cpu")
@@ -55,10 +55,10 @@ def test_weights_are_those_the_demo_model_loads_and_fit_the_size_limit(small_run
 
 def test_a_run_by_time_is_the_run_of_that_many_steps(small_run, monkeypatch, tmp_path):
     """The pace of its first steps says how many; gone on with, it keeps to its plan."""
-    monkeypatch.setattr(train_demo, "PACE_FROM", 1)
-    monkeypatch.setattr(train_demo, "PACE_TO", 2)
+    monkeypatch.setattr(training_runs, "PACE_FROM", 1)
+    monkeypatch.setattr(training_runs, "PACE_TO", 2)
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(train_demo.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(training_runs.time, "monotonic", lambda: next(clock))
     for name in ("whole", "time"):
         (tmp_path / name).mkdir()
     by_time = small_run(tmp_path / "time", steps=None, minutes=3)
@@ -74,7 +74,7 @@ def test_a_run_by_time_is_the_run_of_that_many_steps(small_run, monkeypatch, tmp
 
 def test_a_run_by_time_ends_in_time(small_run, monkeypatch, tmp_path):
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(train_demo.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(training_runs.time, "monotonic", lambda: next(clock))
     small_run(tmp_path, steps=None, minutes=1)
     told = json.loads((tmp_path / train_demo.TRAINING).read_text())
     assert 0 < told["steps"] < 10 and told["planned"] is None

@@ -1,0 +1,126 @@
+"""The training-free estimate of a sample's noise level: the energy that is left when its clean image is taken away.
+
+All in the variance-preserving form u = alpha * x0 + sqrt(v) * eps; samples (B, C, H, W) or (B, C, T, H, W), judged each
+by itself.
+"""
+
+import torch
+
+from .levels import LOG_SNR_RANGE, alpha_and_variance
+from .posterior import Posterior, averaged_terms, mean_product, mean_square, noisier_of
+
+COARSE, NODES = 256, 65
+"""Levels among which the likeliest is looked for, and levels around it at which an energy's posterior is kept."""
+
+
+class EnergyGrid:
+    """The levels among which an energy's posterior is looked for, and all that it needs of them, made once a run.
+
+    Found on a coarse grid over all levels, kept on a fine one around the coarse level that was found, as wide as four of its
+    standard deviations, sqrt(2 / n) in ln v. Tables hold the terms of both: each operation is a launch on a GPU, and a
+    sample is judged twice at every step of a run.
+
+    Args:
+        noisiest: the lowest log-SNR that a sample can have.
+        dimensions: n, how many values of a sample count.
+    """
+
+    def __init__(self, noisiest: float, dimensions: float, device: torch.device):
+        self.dimensions = dimensions
+        coarse = torch.linspace(noisiest, LOG_SNR_RANGE[1], COARSE, device=device)
+        alpha, v = alpha_and_variance(coarse[None])
+        self.of_coarse = -2.0 * alpha, alpha.square(), v.reciprocal(), v.log()
+        half = 4.0 * (2.0 / max(dimensions, 1.0)) ** 0.5 / torch.sigmoid(coarse)
+        half = half.clamp_min(2.0 * (LOG_SNR_RANGE[1] - noisiest) / (COARSE - 1))
+        around = torch.linspace(-1.0, 1.0, NODES, device=device)
+        levels = (coarse[:, None] + half[:, None] * around).clamp(noisiest, LOG_SNR_RANGE[1])
+        alpha = alpha_and_variance(levels)[0]
+        energies = torch.stack([levels, -2.0 * alpha, alpha.square()], dim=1)
+        self.of_fine = torch.cat([energies, averaged_terms(levels)], dim=1)
+
+    def posterior(self, of_u: torch.Tensor, across: torch.Tensor, of_anchor: torch.Tensor) -> Posterior:
+        """p(level | u) from the mean squares of u and of the anchor and from the mean of their product, each (B,).
+
+        log p(u | level) = -n/2 (ln v + |u - alpha * anchor|^2 / (n v)) + const, every level equally likely before.
+        """
+        means = of_u[:, None], across[:, None], of_anchor[:, None]
+        chosen = self.of_fine[minus_log_likelihood(*means, *self.of_coarse).argmin(dim=1)]
+        levels, minus_two_alpha, alpha_squared, precision, log_v = chosen.unbind(1)[:5]
+        unlikely = minus_log_likelihood(*means, minus_two_alpha, alpha_squared, precision, log_v)
+        gamma = (unlikely * (-0.5 * self.dimensions)).nan_to_num(-1e30).softmax(dim=1)
+        return Posterior.of(levels, gamma, chosen[:, 3:])
+
+
+def minus_log_likelihood(of_u, across, of_anchor, minus_two_alpha, alpha_squared, precision, log_v) -> torch.Tensor:
+    """ln v + |u - alpha * anchor|^2 / (n v) (B, K), of means (B, 1) and of terms of levels (B or 1, K)."""
+    energy = torch.addcmul(torch.addcmul(of_u, minus_two_alpha, across), alpha_squared, of_anchor)
+    return torch.addcmul(log_v, energy.clamp_min(0.0), precision)
+
+
+def energy_posterior(
+    u: torch.Tensor, anchor: torch.Tensor, weight: torch.Tensor | None = None, noisiest: float = LOG_SNR_RANGE[0]
+) -> Posterior:
+    """p(level | u) if u is alpha * anchor + noise: from the energy that remains when the anchor is taken away.
+
+    Args:
+        anchor: (B, ...), a clean estimate. weight: which positions count, as in mean_square.
+        noisiest: the lowest log-SNR that a sample can have.
+    """
+    share = 1.0 if weight is None else float(weight.float().mean())
+    grid = EnergyGrid(noisiest, u[0].numel() * share, u.device)
+    return grid.posterior(mean_square(u, weight), mean_product(u, anchor, weight), mean_square(anchor, weight))
+
+
+class EnergyEstimator:
+    """The training-free estimate: the noise that a sample has is what remains when its clean image is taken away.
+
+    Two clean estimates can stand for that image. The model's own at this step: right while the noise hides details, but
+    late in a run a network takes surplus noise for detail. And the one of the step before: a sampler makes each sample
+    from it, so whatever was added on the way shows, at any noise level; it asks nothing of the model and is known
+    before the model is asked. The larger of both counts.
+
+    Args:
+        weight: which positions count, as in mean_square.
+        noisiest: the lowest log-SNR of the model's schedule. Nothing has more noise than pure noise: chance in it, at the
+            first step of a run, is no surplus.
+    """
+
+    def __init__(self, weight: torch.Tensor | None = None, noisiest: float = LOG_SNR_RANGE[0]):
+        self.weight, self.noisiest = weight, noisiest
+        self.share = 1.0 if weight is None else float(weight.float().mean())
+        self.grid: EnergyGrid | None = None
+        self.previous: torch.Tensor | None = None
+        self._squares: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._before: tuple[torch.Tensor, Posterior] | None = None
+
+    def _square(self, x: torch.Tensor) -> torch.Tensor:
+        """mean_square of u and of estimates, each taken once while it is used."""
+        for known, value in self._squares:
+            if known is x:
+                return value
+        self._squares.append((x, mean_square(x, self.weight)))
+        return self._squares[-1][1]
+
+    def _posterior(self, u: torch.Tensor, anchor: torch.Tensor) -> Posterior:
+        dimensions = u[0].numel() * self.share
+        if self.grid is None or self.grid.dimensions != dimensions:
+            self.grid = EnergyGrid(self.noisiest, dimensions, u.device)
+        return self.grid.posterior(self._square(u), mean_product(u, anchor, self.weight), self._square(anchor))
+
+    def before(self, u: torch.Tensor, level: torch.Tensor) -> Posterior | None:
+        """The posterior known before the model is asked; None at the first step."""
+        if self.previous is None or self.previous.shape != u.shape:
+            return None
+        if self._before is None or self._before[0] is not u:
+            self._before = (u, self._posterior(u, self.previous))
+        return self._before[1]
+
+    def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Posterior:
+        """The posterior with the model's estimate at this step, (B, ...), taken into account."""
+        now, before = self._posterior(u, denoised), self.before(u, level)
+        return now if before is None else noisier_of(before, now)
+
+    def keep(self, denoised: torch.Tensor) -> None:
+        """The model's own estimate at this step, before any correction: it stands for the image at the next one."""
+        self.previous, self._before = denoised, None
+        self._squares = [known for known in self._squares if known[0] is denoised]
