@@ -47,13 +47,14 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..harness.pack import ROOT
 from .data import load_fashion_mnist
-from .fam_training_plan import SIZES, VARIANTS, jobs_of
+from .fam_training_plan import SIZES, VARIANTS, Size, jobs_of
 from .fam_training_runs import Worker
 from .fam_training_tables import Results, tables
 
@@ -66,6 +67,7 @@ def read_options(options: list[str], cuda: bool) -> argparse.Namespace:
     parser.add_argument("--anew", action="store_true", help="throw away what an earlier call left under --output")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help="of the arms and sweeps, beside the base: "
                         + ", ".join(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the size's own; sweeps run on those of them that the size gives to sweeps")
     parser.add_argument("--base", type=Path, help="a base that an earlier call trained (its `base weights.safetensors`), which is not trained again")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # a worker's
     return parser.parse_args(options)
@@ -77,7 +79,7 @@ def run(pack, output: Path, data: Path | None, minutes: float | None = None, opt
     args.use_pytorch_cross_attention = True
     asked = read_options(list(options), torch.cuda.is_available())
     asked.minutes = 1e6 if minutes is None else minutes
-    folder, size = output / "fam_training" / asked.size, SIZES[asked.size]
+    folder, size = output / "fam_training" / asked.size, size_of(asked)
     if asked.until is not None:
         work(pack, folder, data, asked, asked.until)
         raise SystemExit(0)
@@ -99,6 +101,13 @@ def run(pack, output: Path, data: Path | None, minutes: float | None = None, opt
     return figures
 
 
+def size_of(asked: argparse.Namespace) -> Size:
+    size = SIZES[asked.size]
+    if asked.seeds is None:
+        return size
+    return replace(size, seeds=tuple(asked.seeds), sweep_seeds=tuple(seed for seed in asked.seeds if seed in size.sweep_seeds))
+
+
 def vars_of(size) -> dict:
     return {name: getattr(size, name) for name in size.__dataclass_fields__}
 
@@ -106,7 +115,7 @@ def vars_of(size) -> dict:
 def work(pack, folder: Path, data: Path | None, asked: argparse.Namespace, until: float) -> None:
     """Be a worker."""
     with torch.inference_mode(False):
-        Worker(pack.nodes.demo.model, folder, data, SIZES[asked.size], until, asked.minutes, not asked.eager, asked.only, asked.base).work()
+        Worker(pack.nodes.demo.model, folder, data, size_of(asked), until, asked.minutes, not asked.eager, asked.only, asked.base).work()
 
 
 def start_workers(output: Path, data: Path | None, options: list[str], count: int, until: float) -> None:
