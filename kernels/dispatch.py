@@ -17,14 +17,17 @@ VARIABLE = "ARTIFACT_GUARD_KERNELS"
 """Environment variable: auto (as if unset), torch, or triton."""
 
 FASTER: dict[str, int] = {
-    "bend_map": 16384, "change_maps": 4096, "change_speed": 4096, "label_regions": 1024, "median_and_mad": 1024, "renoise": 4096,
-    "sample_median": 1024, "sample_quantile": 16384, "scale_pair": 2_000_000,
+    "bend_map": 16384, "change_maps": 16384, "change_speed": 16384, "label_regions": 4096, "median_and_mad": 4096,
+    "renoise": 16384, "sample_quantile": 16384, "scale_pair": 2_621_440,
 }
-"""Kernels whose Triton form was measured to be faster on a GPU (NVIDIA H200, torch 2.11), and the number of elements of the
-largest tensor from which on: the smallest size at which `dev.py bench kernels` was run. A kernel that is not here runs by torch."""
+"""Kernels whose Triton form was measured to be faster on a GPU (`dev.py bench kernels`, NVIDIA H200, torch 2.11), and from
+which size on: elements of the largest tensor, or of one sample of it for the kernels that give a program to each. The
+smallest size measured is SD 1.5's at 512x512. A kernel that is not here runs by torch."""
 
 Unfit = Callable[[list[torch.Tensor]], str | None]
 """Says of tensors why a Triton form cannot take them, None if it can."""
+
+SizeOf = Callable[[list[torch.Tensor]], int]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.bool)
 
@@ -72,7 +75,14 @@ def obstacle(tensors: list[torch.Tensor], dtypes: tuple[torch.dtype, ...] = DTYP
     return None if unfit is None else unfit(tensors)
 
 
-def choose(kernel: str, arguments, dtypes: tuple[torch.dtype, ...] = DTYPES, unfit: Unfit | None = None) -> Choice:
+def elements(tensors: list[torch.Tensor]) -> int:
+    """The size that decides, of most kernels."""
+    return max(x.numel() for x in tensors)
+
+
+def choose(
+    kernel: str, arguments, dtypes: tuple[torch.dtype, ...] = DTYPES, unfit: Unfit | None = None, size_of: SizeOf = elements
+) -> Choice:
     """How `kernel` runs on these arguments, of which the tensors count.
 
     Raises:
@@ -91,7 +101,7 @@ def choose(kernel: str, arguments, dtypes: tuple[torch.dtype, ...] = DTYPES, unf
         return Choice("torch", NOTHING) if reason else Choice("triton", f"{VARIABLE}=triton")
     if reason is not None:
         return Choice("torch", reason)
-    least, size = FASTER.get(kernel), max(x.numel() for x in tensors)
+    least, size = FASTER.get(kernel), size_of(tensors)
     if least is None:
         return Choice("torch", "its Triton form was not measured to be faster on a GPU")
     if size < least:
@@ -99,10 +109,12 @@ def choose(kernel: str, arguments, dtypes: tuple[torch.dtype, ...] = DTYPES, unf
     return Choice("triton", f"measured to be faster from {least} elements on")
 
 
-def with_triton(module: str, dtypes: tuple[torch.dtype, ...] = DTYPES, unfit: Unfit | None = None):
+def with_triton(
+    module: str, dtypes: tuple[torch.dtype, ...] = DTYPES, unfit: Unfit | None = None, size_of: SizeOf = elements
+):
     """Marks a torch reference that has a Triton form of its name in `module`, beside it in this folder.
 
-    dtypes, unfit: see `obstacle`. The reference itself stays at hand as `reference`, the other one as `triton`.
+    dtypes, unfit: see `obstacle`. size_of: the size that decides whether the Triton form is faster. The reference itself stays at hand as `reference`, the other one as `triton`.
     """
 
     def mark(reference):
@@ -114,11 +126,11 @@ def with_triton(module: str, dtypes: tuple[torch.dtype, ...] = DTYPES, unfit: Un
 
         @functools.wraps(reference)
         def dispatched(*arguments, **keywords):
-            if choose(name, [*arguments, *keywords.values()], dtypes, unfit).backend == "triton":
+            if choose(name, [*arguments, *keywords.values()], dtypes, unfit, size_of).backend == "triton":
                 return triton_form(*arguments, **keywords)
             return reference(*arguments, **keywords)
 
-        dispatched.reference, dispatched.triton, dispatched.dtypes = reference, triton_form, dtypes
+        dispatched.reference, dispatched.triton, dispatched.dtypes, dispatched.size_of = reference, triton_form, dtypes, size_of
         KERNELS[name] = dispatched
         return dispatched
 

@@ -45,13 +45,18 @@ LONGEST_ROW = 65536
 """Values of a sample that a Triton form holds in one program: a 2048x2048 picture's latent has as many."""
 
 
+def row_length(tensors: list[torch.Tensor]) -> int:
+    """Values of one sample."""
+    return max(x[0].numel() for x in tensors)
+
+
 def too_long(tensors: list[torch.Tensor]) -> str | None:
     """Why the Triton forms cannot take rows of this length; None if they can."""
-    longest = max(x[0].numel() for x in tensors)
+    longest = row_length(tensors)
     return f"its Triton form takes up to {LONGEST_ROW} values a sample, and here are {longest}" if longest > LONGEST_ROW else None
 
 
-selecting = with_triton("robust_threshold_triton", dtypes=(torch.float32, torch.bool), unfit=too_long)
+selecting = with_triton("robust_threshold_triton", dtypes=(torch.float32, torch.bool), unfit=too_long, size_of=row_length)
 
 
 @selecting

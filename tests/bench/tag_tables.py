@@ -3,7 +3,8 @@
     python tests/bench/tag_tables.py output/bench             # print
     python tests/bench/tag_tables.py output/bench --write     # renew web/docs
 
-Reads tag.json, tag_cifar10.json and tag_training.json, as many as are there (`dev.py bench tag tag_cifar10 tag_training`).
+Reads tag.json, or the parts of it that are there (tag_cost, tag_demo, tag_toy, tag_exact), tag_cifar10.json and
+tag_training.json, as many as are there (`dev.py bench tag tag_cifar10 tag_training`).
 A table is known by its first cell; one that a page does not have yet comes after the one before it. Sentences around the
 tables are a person's.
 """
@@ -19,6 +20,8 @@ PUBLISHED = {
     "noise 0.0": 1.00, "noise 0.05": 0.79, "noise 0.1": 0.60, "noise 0.2": 0.66, "noise 0.3": 0.54,
     "1 steps": 0.52, "3 steps": 0.64, "5 steps": 0.84,
 }
+RECORD = ("benchmark", "when", "device", "threads", "torch")
+"""What tests/bench/run.py adds to a benchmark's figures."""
 LATE = ("t 50", "t 100", "t 250", "t 400", "t 500")
 
 
@@ -135,10 +138,18 @@ def tables(folder: Path) -> list[tuple[str, str]]:
         path = folder / f"{name}.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    told, (whole, cifar, timed) = [], map(read, ("tag", "tag_cifar10", "tag_training"))
-    if whole:
-        parts = [*costs(whole["cost"]), cases(whole["demo"], "case"), forms(whole["demo"]), *toys(whole["toy"]), estimates(whole["exact"])]
-        told += [(GUIDANCE, part) for part in parts]
+    def part(name: str) -> dict:
+        """Of `tag`, or as a run by itself wrote it, beside what was measured on and when."""
+        return whole.get(name) or {key: value for key, value in read(f"tag_{name}").items() if key not in RECORD}
+
+    whole, cifar, timed = map(read, ("tag", "tag_cifar10", "tag_training"))
+    told = [(GUIDANCE, new) for new in costs(part("cost"))]
+    if demo := part("demo"):
+        told += [(GUIDANCE, cases(demo, "case")), (GUIDANCE, forms(demo))]
+    if toy := part("toy"):
+        told += [(GUIDANCE, new) for new in toys(toy)]
+    if exact := part("exact"):
+        told.append((GUIDANCE, estimates(exact)))
     if "cases" in cifar:
         told.append((GUIDANCE, cases(cifar, "CIFAR-10")))
     if timed:

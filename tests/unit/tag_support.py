@@ -59,7 +59,7 @@ def noisy_euler(noise, seed=77):
             if after > 0:
                 flow = sigmas[0] <= 1
                 size = (1 - after).square() + after.square() if flow else 1 + after.square()
-                x = x + noise * size.sqrt() * torch.randn(x.shape, generator=random)
+                x = x + noise * size.sqrt() * torch.randn(x.shape, generator=random).to(x)
         return x
 
     return comfy.samplers.KSAMPLER(sample)

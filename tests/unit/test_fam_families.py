@@ -74,8 +74,8 @@ def reference(small, flaw_map, places, keys=True, values=True, batch=2):
         seen.append(lengths)
         if lengths in places:
             first, image = places[lengths]
-            amounts = direct_amounts(small, image, flaw_map, batch)
-            factor = torch.ones(len(amounts), lengths[1])
+            amounts = direct_amounts(small, image, flaw_map, batch).to(k.device)
+            factor = torch.ones(len(amounts), lengths[1], device=k.device)
             factor[:, first : first + image] += amounts
             factor = factor.repeat(len(k) // len(amounts), 1)
             # By hand for each: SD3's values have their heads behind the tokens, its keys have them in the channels.

@@ -246,7 +246,7 @@ def put_back_run(sampler, worse):
     def jump(x, mask):
         calls.append(1)
         after = len(calls) == 1
-        return torch.tensor([0.1 if after and i not in worse else 1.0 for i in range(BATCH)])
+        return torch.tensor([0.1 if after and i not in worse else 1.0 for i in range(BATCH)], device=x.device)
 
     with mock.patch.object(watch, "border_jump", jump), \
             mock.patch.object(watch, "fallen_back", lambda denoised, artifact, mask: torch.zeros_like(mask)):

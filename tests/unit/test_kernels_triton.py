@@ -202,10 +202,15 @@ def test_reason_for_the_choice(monkeypatch):
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     assert dispatch.choose("change_maps", [x]) == ("torch", "Triton has no backend for the device cpu")
     monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
+    monkeypatch.delitem(dispatch.FASTER, "change_maps", raising=False)
     assert "not measured" in dispatch.choose("change_maps", [x]).reason
     monkeypatch.setitem(dispatch.FASTER, "change_maps", 6)
     assert dispatch.choose("change_maps", [x]).backend == "triton"
     assert "from 6 elements" in dispatch.choose("change_maps", [x[:1]]).reason
+    monkeypatch.setitem(dispatch.FASTER, "sample_median", 4)
+    choices = [robust_threshold.sample_median, torch.zeros(50, 3)], [robust_threshold.sample_median, torch.zeros(1, 4)]
+    told = [dispatch.choose("sample_median", [rows], size_of=function.size_of).backend for function, rows in choices]
+    assert told == ["torch", "triton"]  # by the length of a row, however many there are
     monkeypatch.setenv(dispatch.VARIABLE, "torch")
     assert dispatch.choose("change_maps", [x]) == ("torch", f"{dispatch.VARIABLE}=torch")
 
@@ -233,6 +238,10 @@ def test_rows_that_do_not_fit_into_one_program_are_torchs(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="takes up to 65536 values a sample, and here are 65537"):
         robust_threshold.sample_median(torch.zeros(1, robust_threshold.LONGEST_ROW + 1))
+
+
+def test_what_is_chosen_by_itself_has_a_triton_form():
+    assert set(dispatch.FASTER) <= set(dispatch.KERNELS)
 
 
 def test_interpreter_is_never_chosen_by_itself(monkeypatch):

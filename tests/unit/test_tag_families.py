@@ -74,13 +74,14 @@ class TwoSteps:
         return self.clean.to(args["input"])
 
     def sample(self, model_k, x, sigmas, extra_args=None, callback=None, disable=None):
-        eps = unit(torch.randn(x.shape, generator=torch.Generator().manual_seed(4)), self.clean)
+        clean = self.clean.to(x)
+        eps = unit(torch.randn(x.shape, generator=torch.Generator().manual_seed(4)).to(x), clean)
         for ratio, more in zip(RATIOS, (0.0, self.excess)):
             sigma = sigma_at(self.sampling, ratio)
             a, b = coefficients(self.sampling, sigma)
-            x = a * self.clean + b * (1 + more) ** 0.5 * eps
+            x = a * clean + b * (1 + more) ** 0.5 * eps
             denoised = model_k(x, x.new_full((len(x),), sigma), **(extra_args or {}))
-        moved, reach = (t.flatten(1).square().mean(dim=1).sqrt() for t in (denoised - self.clean, self.clean - x))
+        moved, reach = (t.flatten(1).square().mean(dim=1).sqrt() for t in (denoised - clean, clean - x))
         self.share = moved / reach
         return denoised
 

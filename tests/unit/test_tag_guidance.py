@@ -103,7 +103,7 @@ def test_bounded_at_the_ends_of_the_schedule(kind, mode):
         def sample(model_k, x, sigmas, extra_args=None, callback=None, disable=None):
             for sigma in (high, 1e-6, low, high, low):
                 random = torch.Generator().manual_seed(1)
-                sample = images()[:2] + max(3.0, sigma) * torch.randn(x.shape, generator=random)
+                sample = (images()[:2] + max(3.0, sigma) * torch.randn(x.shape, generator=random)).to(x)
                 told.append((sample, model_k(sample, x.new_full((len(x),), sigma), **extra_args)))
             return x
 
@@ -181,7 +181,7 @@ def test_samples_of_a_batch_are_judged_each_by_itself():
                 denoised = model_k(x, sigma * x.new_ones(len(x)), **extra_args)
                 x = denoised + (after / sigma) * (x - denoised)
                 if i == 4:
-                    x[rows] += 2.0 * torch.randn(x[rows].shape, generator=torch.Generator().manual_seed(5))
+                    x[rows] += 2.0 * torch.randn(x[rows].shape, generator=torch.Generator().manual_seed(5)).to(x)
             return x
         return comfy.samplers.KSAMPLER(sample)
 
