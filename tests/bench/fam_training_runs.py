@@ -332,10 +332,11 @@ class Worker:
         save_file({"features": features}, self.path(job.name, "safetensors"))
         (mean, _), (real_mean, _) = own, wanted = statistics(features.double()), statistics(real.double())
         chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:count]
+        from_mean = self.features(training.sample(classes(count), job.seed, self.size.euler, from_mean=True))
         near, real_near = features.to(self.device), real[chosen].to(self.device)
         generated = self.highlighter.generated_probability(as_image(samples[:1000]), batch=100)
         return {
-            "FD": frechet(own, wanted), "FD_of_means": (mean - real_mean).square().sum().item(),
+            "FD": frechet(own, wanted), "FD_from_mean": frechet(statistics(from_mean.double()), wanted), "FD_of_means": (mean - real_mean).square().sum().item(),
             "precision": coverage(near, real_near), "recall": coverage(real_near, near),
             "as_asked": (self.told(samples) == classes(count)).double().mean().item(), "brightness": samples.mean().item(),
             "judged_generated": generated.mean().item(), "loss": loss[-len(loss) // 5 :].mean().item(),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from .distances import blocks, frechet, jackknife_ratio, statistics
 from .fam_training_plan import ARMS, PUBLISHED, SWEEPS, Size
 
-MEANS = ("FD", "FD_of_means", "precision", "recall", "as_asked", "brightness", "judged_generated", "loss")
+MEANS = ("FD", "FD_from_mean", "FD_of_means", "precision", "recall", "as_asked", "brightness", "judged_generated", "loss")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """Of 95 %, by the number of seeds."""
 
@@ -60,8 +60,11 @@ class Results:
             return found
         totals = [sum(self.distances(f"{name} {seed}") for seed in seeds).tolist() for name in ("base", arm)]
         whole, low, high = jackknife_ratio(*totals)
-        each = [row["FD"] / self.rows[f"base {seed}"]["FD"] for row, seed in zip(rows, seeds)]
-        return found | {"ratio": whole, "pictures": [low, high], "each_seed": each, "seeds_interval": over_seeds(each)}
+        each, from_mean = (
+            [row[key] / self.rows[f"base {seed}"][key] for row, seed in zip(rows, seeds)] for key in ("FD", "FD_from_mean")
+        )
+        return found | {"ratio": whole, "pictures": [low, high], "each_seed": each, "seeds_interval": over_seeds(each),
+                        "from_mean_each_seed": from_mean, "from_mean_interval": over_seeds(from_mean)}
 
     def summary(self) -> dict:
         found = {name: self.arm(name) for name in (*ARMS, *SWEEPS)}
@@ -85,11 +88,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def told(row: dict) -> list[str]:
-    """The ratio of an arm in words: of the mean, the intervals over seeds and over pictures, seed by seed."""
+    """The ratio of an arm in words: of the mean, the intervals over seeds and over pictures, seed by seed, from the mean image."""
     if "ratio" not in row:
-        return ["", "", "", ", ".join(f"{value:.2f}" for value in row["FD_each_seed"])]
+        return ["", "", "", ", ".join(f"{value:.2f}" for value in row["FD_each_seed"]), f"FD {row['FD_from_mean']:.2f}"]
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-    return [ratio, interval(row["seeds_interval"]), interval(row["pictures"]), ", ".join(f"{value:.3f}" for value in row["each_seed"])]
+    from_mean = f"{sum(row['from_mean_each_seed']) / len(row['seeds']):.3f} {interval(row['from_mean_interval'])}".strip()
+    each = ", ".join(f"{value:.3f}" for value in row["each_seed"])
+    return [ratio, interval(row["seeds_interval"]), interval(row["pictures"]), each, from_mean]
 
 
 def tables(record: dict) -> str:
@@ -103,11 +108,12 @@ def tables(record: dict) -> str:
          f"{row['published']:g}", f"{row['published_ratio']:.3f}"]
         for name, row in record["arms"].items()
     ]
-    parts.append(table(["", "FD", "over base", "95 %, seeds", "95 %, pictures", "seed by seed (base: FD)", "precision, recall",
-                        "judged generated", "published FID", "over base"], rows))
+    parts.append(table(["", "FD", "over base", "95 %, seeds", "95 %, pictures", "seed by seed (base: FD)",
+                        "from the mean image (seeds)", "precision, recall", "judged generated", "published FID", "over base"], rows))
     if record["sweeps"]:
         rows = [[name, *told(row), f"{row['brightness']:.4f}"] for name, row in record["sweeps"].items()]
-        parts.append(table(["", "FD over base", "95 %, seeds", "95 %, pictures", "seed by seed", "mean brightness"], rows))
+        parts.append(table(["", "FD over base", "95 %, seeds", "95 %, pictures", "seed by seed", "from the mean image (seeds)",
+                            "mean brightness"], rows))
     if record["highlighter"]:
         parts.append(f"Highlighter: {record['highlighter']['accuracy']:.1%} of held-out pictures told rightly. "
                      + " ".join(record["highlighter"]["warnings"]))

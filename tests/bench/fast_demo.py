@@ -38,6 +38,7 @@ class FastDemo:
         self.sampling = model.model.model_sampling
         self.sigmas = self.sampling.sigmas.detach().float().to(self.device)
         self.images, self.labels = images.to(self.device), labels.to(self.device)
+        self.mean_image = self.images.mean(dim=0)
         classes = [*range(len(demo_model.LABELS)), None]
         self.tokens = torch.cat([demo_model.class_token(label) for label in classes]).to(self.device)
         self.make_buffers()
@@ -182,9 +183,13 @@ class FastDemo:
     # Sampling
 
     @torch.no_grad()
-    def sample(self, labels: torch.Tensor, seed: int, steps: int, part: int = 1000) -> torch.Tensor:
+    def sample(self, labels: torch.Tensor, seed: int, steps: int, part: int = 1000, from_mean: bool = False) -> torch.Tensor:
         """Images (N, 3, 32, 32) in [-1, 1] of the average, on the CPU, by Euler's method without guidance; ComfyUI's
-        sampler `euler` and scheduler `normal`. The noise depends on seed and number alone."""
+        sampler `euler` and scheduler `normal`. The noise depends on seed and number alone.
+
+        from_mean: the mean training image is added to the noise of the start. Of the noisiest images of Stable Diffusion's
+        schedule 0.5 % of the variance are image, so that the brightness of a start of noise alone says "grey".
+        """
         import comfy.samplers
 
         schedule = comfy.samplers.calculate_sigmas(self.sampling, "normal", steps)
@@ -194,6 +199,8 @@ class FastDemo:
             noise = torch.randn(len(chosen), 3, 32, 32, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
             context = self.tokens[chosen.to(self.device)]
             x = noise.to(self.device) * (schedule[0] ** 2 + 1) ** 0.5
+            if from_mean:
+                x = x + self.mean_image
             for index, (sigma, following) in enumerate(zip(schedule, schedule[1:])):
                 scale = (sigma**2 + 1) ** -0.5
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):

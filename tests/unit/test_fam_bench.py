@@ -115,6 +115,18 @@ def test_sampler_is_comfyuis(fast):
     assert (ours - theirs).abs().max() < ROUNDING
 
 
+def test_a_start_at_the_mean_image(fast):
+    """The same noise, the mean of the training images on it: as much brighter or darker as that is."""
+    labels, plain = torch.tensor([1, 2]), fast.mean_image
+    assert torch.allclose(plain.cpu(), IMAGES.mean(dim=0), atol=1e-5)
+    seen = []
+    fast.averaged.register_forward_pre_hook(lambda module, given: seen.append(given[0].cpu()))
+    fast.sample(labels, 5, 2)
+    fast.sample(labels, 5, 2, from_mean=True)
+    sigma = float(fast.sampling.sigma_max)
+    assert torch.allclose(seen[2] - seen[0], plain.cpu().expand(2, -1, -1, -1) / (sigma**2 + 1) ** 0.5, atol=1e-5)
+
+
 def test_changed_maps_keep_their_mean():
     flaw_map = torch.rand(1, 8, 8) * 0.3
     for name, change in fam_training_runs.CHANGES.items():
