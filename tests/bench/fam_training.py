@@ -59,6 +59,7 @@ from .data import load_fashion_mnist
 from .fam_training_plan import SIZES, VARIANTS, Size, jobs_of
 from .fam_training_runs import Worker
 from .fam_training_tables import Results, tables
+from .job_queue import JobQueue
 
 
 def read_options(options: list[str], cuda: bool) -> argparse.Namespace:
@@ -88,9 +89,8 @@ def run(pack, output: Path, data: Path | None, minutes: float | None = None, opt
     if asked.anew:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (*folder.glob("*.claim"), *folder.glob("*.failed")):
-        path.unlink()
     until = time.time() + 60 * asked.minutes
+    JobQueue(folder, [], until).forget_the_last_call()
     if asked.workers:
         load_fashion_mnist(data)  # parsed once: workers find it in the cache
         start_workers(output, data, ["--minutes", str(asked.minutes), *options], asked.workers, until)

@@ -1,6 +1,8 @@
 """What `fam_training` runs: its sizes, arms and sweeps, and the order and needs of the jobs. The plan is in fam_training.py."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from .job_queue import Job
 
 ARMS = {"base": (0.0, 0.0), "forward": (0.0, 0.01), "reverse": (0.025, 0.0), "both": (0.025, 0.01)}
 """Attention strength, noise strength."""
@@ -73,16 +75,6 @@ SIZES = {
     "tiny": Size(4, 4, warmup=2, points=2, steps=5, batch=4, map_every=2, judged=16, euler=2, map_images=2,
                  highlighter_images=20, highlighter_epochs=1, seeds=(0, 1), sweep_seeds=(0,)),
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """A piece of work that leaves one file, NAME.json. needs: names of jobs whose files must be there."""
-
-    name: str
-    variant: str = ""
-    seed: int = 0
-    needs: list[str] = field(default_factory=list, hash=False)
 
 
 def jobs_of(size: Size, only: list[str] | None = None) -> list[Job]:

@@ -1,31 +1,21 @@
-"""The jobs of `fam_training`, done one by one by as many workers as are started; each leaves one file and is done once.
+"""The jobs of `fam_training`: the base, the highlighter, and the runs."""
 
-A worker claims a job by making its .claim file, waits where only jobs are left that need another's result, and begins
-nothing after the deadline.
-"""
-
-import functools
-import json
 import math
 import os
-import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..harness.cache import cache_folder
-from .classifier import trained_classifier
 from .data import load_fashion_mnist
-from .distances import frechet, statistics
 from .fam_flaws import as_image
-from .fam_training_plan import SPLITS, VARIANTS, Job, Size, jobs_of
+from .fam_training_judge import Judge, classes
+from .fam_training_plan import SPLITS, VARIANTS, Size, jobs_of
 from .fast_demo import FastDemo
+from .job_queue import Job, JobQueue
 
 BASE_SEED, HIGHLIGHTER_SEED, POINT_SEED = 700, 900, 800
-NEIGHBOURS = 3
 BASE_SHARE = 0.3
 """Of the time there is, at most, goes into the base's own training."""
 
@@ -36,21 +26,6 @@ CHANGES = {
     "inverted": lambda map: (map.amax() - map) * (map.mean() / (map.amax() - map.mean()).clamp_min(1e-6)),
 }
 """Of a map (1, H, W), each of the same mean: right, even, in a wrong place, high where it was low."""
-
-
-def classes(count: int) -> torch.Tensor:
-    """The classes in turn."""
-    return torch.arange(count) % 10
-
-
-def neighbour_radius(features: torch.Tensor) -> torch.Tensor:
-    """Distance of each feature vector (N, C) to its third neighbour."""
-    return torch.cdist(features, features).kthvalue(NEIGHBOURS + 1, dim=1).values
-
-
-def coverage(features: torch.Tensor, of: torch.Tensor) -> float:
-    """Share of `features` within the neighbourhood of some vector of `of` (arXiv 1904.06991)."""
-    return (torch.cdist(features, of) <= neighbour_radius(of)[None]).any(dim=1).float().mean().item()
 
 
 class Worker:
@@ -65,63 +40,20 @@ class Worker:
         self, demo_model, folder: Path, data: Path | None, size: Size, until: float, minutes: float, graph: bool = True,
         only: list[str] | None = None, base: Path | None = None,
     ):
-        self.demo_model, self.folder, self.size = demo_model, folder, size
-        self.until, self.minutes, self.graph, self.only, self.base = until, minutes, graph, only, base
-        (self.images, self.labels), self.test = load_fashion_mnist(data)
+        import comfy.model_management
+
+        self.demo_model, self.size, self.minutes, self.graph, self.base = demo_model, size, minutes, graph, base
+        self.queue = JobQueue(folder, jobs_of(size, only), until)
+        self.path = self.queue.path
+        (self.images, self.labels), test = load_fashion_mnist(data)
+        self.device = comfy.model_management.get_torch_device()
+        self.judge = Judge(self.images, self.labels, test, self.device)
         self.training: FastDemo | None = None
         self.opinion = None
 
-    def path(self, name: str, ending: str = "json") -> Path:
-        return self.folder / f"{name}.{ending}"
-
     def work(self) -> None:
         """Do jobs until none is left or the time is over."""
-        while time.time() < self.until:
-            left = [job for job in jobs_of(self.size, self.only) if not any(self.path(job.name, end).exists() for end in ("json", "failed"))]
-            for job in left:
-                if any(self.path(name, "failed").exists() for name in job.needs):
-                    self.path(job.name, "failed").write_text("What it needs failed.")
-                elif self.abandoned(job):
-                    self.path(job.name, "failed").write_text("The worker that did it ended.")
-            ready = [job for job in left if all(self.path(name).exists() for name in job.needs)]
-            if not left:
-                return
-            if not any(self.claim(job) for job in ready):
-                time.sleep(0.3)
-
-    def abandoned(self, job: Job) -> bool:
-        """Whether the worker that claimed this job is no more and left nothing."""
-        claim = self.path(job.name, "claim")
-        worker = claim.read_text() if claim.exists() else ""
-        if not worker or self.path(job.name).exists() or sys.platform == "win32":  # there, asking for a process ends it
-            return False
-        try:
-            os.kill(int(worker), 0)
-        except ProcessLookupError:
-            return not self.path(job.name).exists()
-        return False
-
-    def claim(self, job: Job) -> bool:
-        """Do a job, unless another worker does it; whether it was done or failed here."""
-        try:
-            with open(self.path(job.name, "claim"), "x") as file:
-                file.write(str(os.getpid()))
-        except FileExistsError:
-            return False
-        start = time.perf_counter()
-        try:
-            row = self.do(job)
-        except Exception:
-            self.path(job.name, "failed").write_text(traceback.format_exc())
-            print(f"{job.name} failed: {traceback.format_exc()}", flush=True)
-            return True
-        row["seconds"] = round(time.perf_counter() - start, 1)
-        partial = self.path(job.name, "partial")
-        partial.write_text(json.dumps(row))
-        os.replace(partial, self.path(job.name))
-        told = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-        print(job.name, {key: value for key, value in told.items() if not isinstance(value, (list, dict))}, flush=True)
-        return True
+        self.queue.work(self.do)
 
     def do(self, job: Job) -> dict:
         if job.name == "base model":
@@ -142,27 +74,25 @@ class Worker:
     def base_model(self) -> dict:
         """Train on from the shipped weights to the plateau, with FD on the way; or take the base that was given."""
         size = self.size
-        real = self.features(self.test[0])
-        save_file({"features": real}, self.path("real", "safetensors"))
+        save_file({"features": self.judge.real}, self.path("real", "safetensors"))
         self.training = None
         training = self.demo(size.base_batch if self.base is None else size.batch)
         if self.base is not None:
             training.begin_with(load_file(self.base))
-        found = {"FD_by_step": [[0, self.fd_now(real)]], "steps": 0, "batch": training.batch}
+        found = {"FD_by_step": [[0, self.fd_now()]], "steps": 0, "batch": training.batch}
         if self.base is None and size.base_steps:
-            self.train_base(training, real, found)
+            self.train_base(training, found)
         self.keep_state("base model", training)
         save_file({name: value.half().cpu() for name, value in training.averaged.state_dict().items()},
                   self.path("base weights", "safetensors"))
         samples = training.sample(classes(size.highlighter_images), HIGHLIGHTER_SEED, size.euler)
         save_file({"samples": samples}, self.path("base samples", "safetensors"))
         return found | {
-            "cuda_graph": training.graph is not None, "device": str(self.device), "floor": self.floor(real),
-            "classifier_accuracy": (self.told(self.test[0]) == self.test[1]).double().mean().item(),
-            "brightness": self.test[0].mean().item(), "brightness_of_samples": samples.mean().item(),
+            "cuda_graph": training.graph is not None, "device": str(self.device), "floor": self.judge.fd(self.judge.chosen(size.judged)),
+            "classifier_accuracy": self.judge.of_classifier(), "brightness": self.judge.test[0].mean().item(), "brightness_of_samples": samples.mean().item(),
         }
 
-    def train_base(self, training: FastDemo, real: torch.Tensor, found: dict) -> None:
+    def train_base(self, training: FastDemo, found: dict) -> None:
         """The base's own training; puts what was seen on the way into `found`. The time there is may cut it short."""
         size, losses = self.size, []
 
@@ -180,7 +110,7 @@ class Worker:
             end = max(done, steps * point // size.points)
             train(done, end, steps)
             done = end
-            found["FD_by_step"].append([done, self.fd_now(real)])
+            found["FD_by_step"].append([done, self.fd_now()])
             print(f"base model, step {done} of {steps}: FD {found['FD_by_step'][-1][1]:.2f}", flush=True)
         parts = torch.stack(losses).cpu().tensor_split(size.points)
         found |= {"steps": steps, "loss_by_point": [part.mean().item() for part in parts]}
@@ -193,14 +123,9 @@ class Worker:
         progress = min(1.0, (step - size.warmup) / max(1.0, 0.7 * steps - size.warmup))
         return size.rate + (size.peak_rate - size.rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def floor(self, real: torch.Tensor) -> float:
-        """FD of as many test images as a run is judged by."""
-        chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: self.size.judged]
-        return frechet(statistics(real[chosen].double()), statistics(real.double()))
-
-    def fd_now(self, real: torch.Tensor) -> float:
+    def fd_now(self) -> float:
         samples = self.training.sample(classes(self.size.judged), POINT_SEED, self.size.euler)
-        return frechet(statistics(self.features(samples).double()), statistics(real.double()))
+        return self.judge.fd(self.judge.features(samples))
 
     def train_highlighter(self) -> dict:
         """Training images against samples of the base; its map's worth is its held-out accuracy."""
@@ -237,8 +162,8 @@ class Worker:
         from artifact_guard.nodes.model_files import read_model_file
 
         if self.opinion is None:
-            while not self.path("highlighter").exists():
-                if self.path("highlighter", "failed").exists():
+            while not self.queue.there("highlighter"):
+                if self.queue.there("highlighter", "failed"):
                     raise RuntimeError("the highlighter's training failed")
                 time.sleep(0.3)
             path = self.path("highlighter", "safetensors")
@@ -269,7 +194,7 @@ class Worker:
             if step in borders and (borders[step] == "1:1" or job.seed in self.size.sweep_seeds):
                 self.keep_state(f"{borders[step]} {job.seed}", training)
             losses.append(self.step(training, job.seed, step).clone())
-        return self.judge(job, training, losses)
+        return self.judged(job, training, losses)
 
     def refined(self, job: Job) -> dict:
         """Another arm, from where its base phase ended."""
@@ -285,7 +210,7 @@ class Worker:
                 training.set_map(CHANGES[variant.change](flaw_map), variant.attention, variant.noise)
                 maps.append({"step": step, "mean": flaw_map.mean().item(), "largest": flaw_map.max().item(), "generated": probability})
             losses.append(self.step(training, job.seed, step).clone())
-        return self.judge(job, training, losses) | {"maps": maps}
+        return self.judged(job, training, losses) | {"maps": maps}
 
     def step(self, training: FastDemo, seed: int, step: int) -> torch.Tensor:
         return training.step(seed * 1_000_003 + step, self.size.rate, self.size.decay)
@@ -299,45 +224,18 @@ class Worker:
         batch = FlawBatch(images, *flaw_map(self.highlighter, images, batch=64))
         return batch.mean_map, batch.probabilities.mean().item()
 
-    @property
-    def device(self) -> torch.device:
-        import comfy.model_management
-
-        return comfy.model_management.get_torch_device()
-
-    @functools.cached_property
-    def classifier(self):
-        with torch.enable_grad():
-            return trained_classifier(self.images, self.labels, cache_folder() / "data", device=self.device).to(self.device)
-
-    @torch.no_grad()
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """The classifier's, (N, 128) float32, on the CPU."""
-        return torch.cat([self.classifier.features(part.to(self.device)).cpu() for part in images.split(500)])
-
-    @torch.no_grad()
-    def told(self, images: torch.Tensor) -> torch.Tensor:
-        """The classes (N,) that the classifier sees."""
-        return torch.cat([self.classifier(part.to(self.device)).argmax(dim=1).cpu() for part in images.split(500)])
-
-    @torch.no_grad()
-    def judge(self, job: Job, training: FastDemo, losses: list[torch.Tensor]) -> dict:
+    def judged(self, job: Job, training: FastDemo, losses: list[torch.Tensor]) -> dict:
         """Sample, judge, keep the features."""
         loss = torch.stack(losses).cpu()
         if not torch.isfinite(loss).all():
             raise RuntimeError(f"the loss of {job.name} was not a number")
-        count = self.size.judged
-        samples = training.sample(classes(count), job.seed, self.size.euler)
-        features, real = self.features(samples), load_file(self.path("real", "safetensors"))["features"]
+        asked = classes(self.size.judged), job.seed, self.size.euler
+        samples = training.sample(*asked)
+        features = self.judge.features(samples)
         save_file({"features": features}, self.path(job.name, "safetensors"))
-        (mean, _), (real_mean, _) = own, wanted = statistics(features.double()), statistics(real.double())
-        chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:count]
-        from_mean = self.features(training.sample(classes(count), job.seed, self.size.euler, from_mean=True))
-        near, real_near = features.to(self.device), real[chosen].to(self.device)
+        from_mean = self.judge.features(training.sample(*asked, from_mean=True))
         generated = self.highlighter.generated_probability(as_image(samples[:1000]), batch=100)
-        return {
-            "FD": frechet(own, wanted), "FD_from_mean": frechet(statistics(from_mean.double()), wanted), "FD_of_means": (mean - real_mean).square().sum().item(),
-            "precision": coverage(near, real_near), "recall": coverage(real_near, near),
-            "as_asked": (self.told(samples) == classes(count)).double().mean().item(), "brightness": samples.mean().item(),
-            "judged_generated": generated.mean().item(), "loss": loss[-len(loss) // 5 :].mean().item(),
+        return self.judge.figures(samples, features) | {
+            "FD_from_mean": self.judge.fd(from_mean), "judged_generated": generated.mean().item(),
+            "loss": loss[-len(loss) // 5 :].mean().item(),
         }

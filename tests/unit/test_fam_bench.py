@@ -14,11 +14,12 @@ from artifact_guard.nodes.fam.attention import AttentionSettings, patch_attentio
 from artifact_guard.nodes.fam.train_steps import TrainSteps
 from artifact_guard.nodes.fam.training_data import Draw, LatentData
 from comfy_extras.nodes_train import TrainGuider
-from tests.bench import fam_training, fam_training_plan, fam_training_runs, fam_training_tables, flaw_aware_demo
+from tests.bench import fam_training, fam_training_judge, fam_training_plan, fam_training_runs, fam_training_tables, flaw_aware_demo
 from tests.bench.classifier import Classifier
 from tests.bench.fam_training_plan import SIZES, VARIANTS, jobs_of
 from tests.bench.fam_training_tables import over_seeds, tables
 from tests.bench.fast_demo import FastDemo
+from tests.bench.job_queue import JobQueue
 
 from tests.exact.images import shape_images
 from tests.unit.fam_lora_support import rough_highlighter
@@ -148,13 +149,12 @@ def test_jobs_need_what_comes_before_them():
     assert all(jobs.index(need) < jobs.index(job.name) for job in jobs_of(SIZES["gpu"]) for need in job.needs)
 
 
-def test_what_a_dead_worker_began_is_given_up(tmp_path, monkeypatch):
+def test_what_a_dead_worker_began_is_given_up(tmp_path):
     """So that the others neither wait for it nor for what needs it."""
-    monkeypatch.setattr(fam_training_runs, "load_fashion_mnist", lambda folder: ((IMAGES, LABELS), (IMAGES, LABELS)))
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     (tmp_path / "base model.claim").write_text(str(ended.pid))
-    fam_training_runs.Worker(demo_model, tmp_path, None, SIZES["tiny"], time.time() + 60, 1, False).work()
+    JobQueue(tmp_path, jobs_of(SIZES["tiny"]), time.time() + 60).work(None)
     assert len(list(tmp_path.glob("*.failed"))) == len(jobs_of(SIZES["tiny"])) and not list(tmp_path.glob("*.json"))
 
 
@@ -167,7 +167,7 @@ def test_whole_benchmark_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(fam_training_plan, "SWEEPS", sweeps)
     monkeypatch.setattr(fam_training_tables, "SWEEPS", sweeps)
     monkeypatch.setattr(fam_training_runs, "load_fashion_mnist", lambda folder: data)
-    monkeypatch.setattr(fam_training_runs, "trained_classifier", lambda *_, **__: Classifier().eval().requires_grad_(False))
+    monkeypatch.setattr(fam_training_judge, "trained_classifier", lambda *_, **__: Classifier().eval().requires_grad_(False))
     monkeypatch.setattr(fam_training_runs.Worker, "highlighter", rough_highlighter(size=32))
     options = ["--size", "tiny", "--workers", "0"]
     figures = fam_training.run(artifact_guard, tmp_path, None, options=options)
