@@ -117,6 +117,9 @@ def tables(record: dict) -> str:
     if record["highlighter"]:
         parts.append(f"Highlighter: {record['highlighter']['accuracy']:.1%} of held-out pictures told rightly. "
                      + " ".join(record["highlighter"]["warnings"]))
+    empty = [name for name, row in (record["arms"] | record["sweeps"]).items() if row.get("map_largest") == 0]
+    if empty:
+        parts.append(f"The maps were empty, so that nothing acted, in: {', '.join(empty)}.")
     if record["failed"]:
         parts.append("Failed: " + "; ".join(f"{name}: {why}" for name, why in record["failed"].items()))
     return "\n\n".join(parts)
