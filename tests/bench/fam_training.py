@@ -40,7 +40,7 @@ there. The GPU should be its own. --base takes a base that an earlier call train
 The size `cpu`, for one question on a processor, also written before its runs: the shipped weights are the base, 120 steps of
 32 images at a level 1e-4 (moments from zero), a map every 30 steps, 400 samples of ten Euler steps. `forward 0.1` had the only
 gain that an earlier plan showed (0.928, one seed). If it is a shift of brightness, forward -0.1 harms as much, an even map
-does the same, and the change lies in FD's part from the means.
+does the same, and the change lies in FD's part from the means. (It did: see the help page.)
 """
 
 import argparse
@@ -70,8 +70,10 @@ def read_options(options: list[str], cuda: bool) -> argparse.Namespace:
     parser.add_argument("--anew", action="store_true", help="throw away what an earlier call left under --output")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help="of the arms and sweeps, beside the base: "
                         + ", ".join(VARIANTS))
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the size's own; sweeps run on those of them that the size gives to sweeps")
-    parser.add_argument("--base", type=Path, help="a base that an earlier call trained (its `base weights.safetensors`), which is not trained again")
+    parser.add_argument("--seeds", type=int, nargs="+",
+                        help="instead of the size's own; sweeps run on those of them that the size gives to sweeps")
+    parser.add_argument("--base", type=Path,
+                        help="a base that an earlier call trained (its `base weights.safetensors`), which is not trained again")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # a worker's
     return parser.parse_args(options)
 

@@ -89,7 +89,8 @@ class Worker:
         save_file({"samples": samples}, self.path("base samples", "safetensors"))
         return found | {
             "cuda_graph": training.graph is not None, "device": str(self.device), "floor": self.judge.fd(self.judge.chosen(size.judged)),
-            "classifier_accuracy": self.judge.of_classifier(), "brightness": self.judge.test[0].mean().item(), "brightness_of_samples": samples.mean().item(),
+            "classifier_accuracy": self.judge.of_classifier(), "brightness": self.judge.test[0].mean().item(),
+            "brightness_of_samples": samples.mean().item(),
         }
 
     def train_base(self, training: FastDemo, found: dict) -> None:
@@ -208,7 +209,8 @@ class Worker:
             if phases.map_due(step):
                 flaw_map, probability = self.flaw_map(training, job.seed * 1_000_003 + step)
                 training.set_map(CHANGES[variant.change](flaw_map), variant.attention, variant.noise)
-                maps.append({"step": step, "mean": flaw_map.mean().item(), "largest": flaw_map.max().item(), "generated": probability})
+                told = {"mean": flaw_map.mean().item(), "largest": flaw_map.max().item(), "generated": probability}
+                maps.append({"step": step} | told)
             losses.append(self.step(training, job.seed, step).clone())
         return self.judged(job, training, losses) | {"maps": maps}
 
