@@ -84,17 +84,28 @@ def checkpointed_forward(forward):
     def run(*args, **kwargs):
         given = [*args, *kwargs.values()]
         before = [dict(value) if isinstance(value, dict) else value for value in given]
-        calls = []
+        calls, failed = [], []
 
         def block(*_):
-            values = list(map(own, before if calls else given))
+            again = bool(calls)
+            values = list(map(own, before if again else given))
             calls.append(True)
-            with KeepWhatWasSaved():
-                return forward(*values[: len(args)], **dict(zip(kwargs, values[len(args) :])))
+            try:
+                with KeepWhatWasSaved():
+                    return forward(*values[: len(args)], **dict(zip(kwargs, values[len(args) :])))
+            except BaseException as error:
+                # Torch before 2.13 leaves its hooks on saved tensors in place for as long as an exception lives that came
+                # out of here, and another network's gradient then goes through this block.
+                if again:
+                    raise
+                failed.append(error)
 
         # Handed over for torch to notice a tensor that was changed in between: computing again would then be wrong.
         tensors = [value for value in given if isinstance(value, torch.Tensor)]
-        return checkpoint(block, *tensors, use_reentrant=False)
+        result = checkpoint(block, *tensors, use_reentrant=False)
+        if failed:
+            raise failed.pop()
+        return result
 
     return run
 

@@ -1,9 +1,11 @@
 """The node that trains a LoRA by FAM's two-phase rule."""
 
+import gc
 import logging
 
 import torch
 
+import comfy.model_management
 from comfy_api.latest import io, ui
 
 from .flaw_aware import FlawAwareTraining, works_on_pixels
@@ -15,6 +17,7 @@ from .lora_pictures import draw_curves
 from .lora_session import Session, measure_cost, memory_in_use, tell
 from .lora_settings import DTYPES, FlawAwareSettings
 from .lora_state import NEW_RUN, RunFile, changes, read_run, restore, run_names
+from .training_data import LatentData
 
 
 SAVE_EVERY = 250
@@ -114,6 +117,7 @@ class FAMTrainLoRA(io.ComfyNode):
             **given(training_dtype=training_dtype, gradient_checkpointing=gradient_checkpointing),
         )
         node_id = cls.hidden.unique_id if cls.hidden else None
+        free_what_is_done_with()
         with torch.inference_mode(False):
             data, samples = training_data(model, latents, positive)
             check_vae(model, vae)
@@ -122,19 +126,36 @@ class FAMTrainLoRA(io.ComfyNode):
                 vae, flaw_highlighter, data.conditions, normal_tensors(negative) if negative else zeroed(data.conditions),
                 tuple(samples.shape[1:]), **given(images=map_images, steps=map_steps, cfg=map_cfg),
             )
-            copy = training_copy(model)
-            copy.model.requires_grad_(False)
-            copy.set_model_compute_dtype(settings.dtype)
-            with LoRAWeights(copy, rank, seed).attached() as weights:
-                training = FlawAwareTraining(copy, weights.parameters, data, sampling, settings)
-                session = Session(training, RunFile(rank), SAVE_EVERY if save_every is None else save_every, node_id)
-                prepare(session, samples, earlier, resume)
-                session.run()
-                lora = weights.lora(training.average.values)
-        progress, stopped = training.progress, ", cancelled" if session.cancelled else ""
-        curves = draw_curves(progress, training.phases, f"Training loss, {progress.step} of {steps} steps{stopped}")
-        flaw_map = session.first.mean_map if progress.flaw_map is None else progress.flaw_map
+            every = SAVE_EVERY if save_every is None else save_every
+            lora, curves, flaw_map = learn(model, data, samples, sampling, settings, rank, every, node_id, earlier, resume)
+        free_what_is_done_with()
         return io.NodeOutput(lora, curves, flaw_map, ui=ui.PreviewImage(curves, cls=cls))
+
+
+def free_what_is_done_with() -> None:
+    """Give back the copy of a model that a run was made on: it is part of reference cycles, and as large as the model."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def learn(
+    model, data: LatentData, samples: torch.Tensor, sampling: FlawSampling, settings: FlawAwareSettings, rank: int, save_every: int,
+    node_id: str | None, earlier: tuple | None, resume: str | None,
+) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """Train on a copy of the model; what the node gives: LORA_MODEL, IMAGE of the curves, MASK."""
+    copy = training_copy(model)
+    copy.model.requires_grad_(False)
+    copy.set_model_compute_dtype(settings.dtype)
+    with LoRAWeights(copy, rank, settings.seed).attached() as weights:
+        training = FlawAwareTraining(copy, weights.parameters, data, sampling, settings)
+        session = Session(training, RunFile(rank), save_every, node_id)
+        prepare(session, samples, earlier, resume)
+        session.run()
+        lora = weights.lora(training.average.values)
+    progress, stopped = training.progress, ", cancelled" if session.cancelled else ""
+    title = f"Training loss, {progress.step} of {settings.steps} steps{stopped}"
+    flaw_map = session.first.mean_map if progress.flaw_map is None else progress.flaw_map
+    return lora, draw_curves(progress, training.phases, title), flaw_map
 
 
 def prepare(session: Session, samples: torch.Tensor, earlier: tuple | None, name: str) -> None:

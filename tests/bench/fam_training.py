@@ -4,7 +4,7 @@ The plan, written before the runs (figures of an earlier, smaller plan stand in 
 
 The base first. The shipped weights are trained on for 6,000 steps of 256 images: 100 steps of warm-up to 5e-4, a cosine
 down to 1e-4 at 70 % of the steps, then level; AdamW (0.9, 0.99), weight decay 0.01, gradients clipped to norm 1, bf16, a
-moving average of 0.995. FD of the average is taken at eleven points; at a plateau the level part's points differ by no
+moving average of 0.995. FD of the average is taken at seven points; at a plateau the level part's points differ by no
 more than ordinary training of the later runs moves them. The rate stays at 1e-4 from there on, optimizer and average are
 gone on with, so that `base` is nothing but more of the same, as in the paper, where no rate falls to zero.
 
@@ -30,9 +30,15 @@ whether its content matters; forward 0.1 with an even map whether a strong forwa
 mean, forward -0.1 whether the other sign harms as much; FD's part from the features' means, and the mean brightness beside
 the test images' (100 samples of the shipped weights were brighter by 0.07), whether a gain is a shift of brightness.
 
-Each job leaves one file, so that the bench can be stopped and gone on with, and many workers can share a GPU. Estimate on
-an H200 with 8 workers and one training step of 4.5 ms (128 images, one CUDA graph), the GPU its own: base 1.5 min, base runs
-and highlighter 1 min, arms 1.5 min (4 min in all), sweeps 5 min; with --minutes no job begins after that time.
+Each job leaves one file, so that the bench can be stopped and gone on with, and many workers can share a GPU. With --minutes
+no job begins after that time. A first call on an H200 shared with about ten other training processes got as far as a base of
+1,583 steps (FD 80.8 -> 61.3 and still falling) and the highlighter in 6 minutes: a captured step of 256 images took 80 ms
+there. The GPU should be its own. --base takes a base that an earlier call trained, --only some of the runs.
+
+The size `cpu`, for one question on a processor, also written before its runs: the shipped weights are the base, 120 steps of
+32 images at a level 1e-4 (moments from zero), a map every 30 steps, 400 samples of ten Euler steps. `forward 0.1` had the only
+gain that an earlier plan showed (0.928, one seed). If it is a shift of brightness, forward -0.1 harms as much, an even map
+does the same, and the change lies in FD's part from the means.
 """
 
 import argparse
@@ -41,13 +47,14 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..harness.pack import ROOT
 from .data import load_fashion_mnist
-from .fam_training_plan import SIZES, jobs_of
+from .fam_training_plan import SIZES, VARIANTS, Size, jobs_of
 from .fam_training_runs import Worker
 from .fam_training_tables import Results, tables
 
@@ -58,6 +65,10 @@ def read_options(options: list[str], cuda: bool) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8 if cuda else 0, help="processes side by side; 0: this one alone (default: %(default)s)")
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
     parser.add_argument("--anew", action="store_true", help="throw away what an earlier call left under --output")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help="of the arms and sweeps, beside the base: "
+                        + ", ".join(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the size's own; sweeps run on those of them that the size gives to sweeps")
+    parser.add_argument("--base", type=Path, help="a base that an earlier call trained (its `base weights.safetensors`), which is not trained again")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # a worker's
     return parser.parse_args(options)
 
@@ -68,7 +79,7 @@ def run(pack, output: Path, data: Path | None, minutes: float | None = None, opt
     args.use_pytorch_cross_attention = True
     asked = read_options(list(options), torch.cuda.is_available())
     asked.minutes = 1e6 if minutes is None else minutes
-    folder, size = output / "fam_training" / asked.size, SIZES[asked.size]
+    folder, size = output / "fam_training" / asked.size, size_of(asked)
     if asked.until is not None:
         work(pack, folder, data, asked, asked.until)
         raise SystemExit(0)
@@ -85,9 +96,16 @@ def run(pack, output: Path, data: Path | None, minutes: float | None = None, opt
         work(pack, folder, data, asked, until)
     results = Results(folder, size)
     figures = {"size": asked.size, "settings": vars_of(size), "workers": asked.workers,
-               "left": [job.name for job in jobs_of(size) if job.name not in results.rows]} | results.summary()
+               "left": [job.name for job in jobs_of(size, asked.only) if job.name not in results.rows]} | results.summary()
     print(tables(figures), flush=True)
     return figures
+
+
+def size_of(asked: argparse.Namespace) -> Size:
+    size = SIZES[asked.size]
+    if asked.seeds is None:
+        return size
+    return replace(size, seeds=tuple(asked.seeds), sweep_seeds=tuple(seed for seed in asked.seeds if seed in size.sweep_seeds))
 
 
 def vars_of(size) -> dict:
@@ -97,7 +115,7 @@ def vars_of(size) -> dict:
 def work(pack, folder: Path, data: Path | None, asked: argparse.Namespace, until: float) -> None:
     """Be a worker."""
     with torch.inference_mode(False):
-        Worker(pack.nodes.demo.model, folder, data, SIZES[asked.size], until, asked.minutes, not asked.eager).work()
+        Worker(pack.nodes.demo.model, folder, data, size_of(asked), until, asked.minutes, not asked.eager, asked.only, asked.base).work()
 
 
 def start_workers(output: Path, data: Path | None, options: list[str], count: int, until: float) -> None:

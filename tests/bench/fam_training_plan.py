@@ -41,7 +41,7 @@ SWEEPS = [name for name in VARIANTS if name not in ARMS]
 class Size:
     """How large the bench is.
 
-    base_steps, base_batch, peak_rate: of the base's own training. rate: at which it ends, and of all runs.
+    base_steps, base_batch, peak_rate: of the base's own training; 0: the shipped weights are the base. rate: at which it ends, and of all runs.
     points: how often FD is taken on the way. steps: of a run, both phases. decay: of the moving average.
     judged, euler: samples a run is judged by, and their steps, the maps' too. map_images: of a map's batch.
     highlighter_images: of each class.
@@ -52,7 +52,7 @@ class Size:
     peak_rate: float = 5e-4
     rate: float = 1e-4
     warmup: int = 100
-    points: int = 10
+    points: int = 6
     steps: int = 2000
     batch: int = 128
     map_every: int = 100
@@ -68,8 +68,8 @@ class Size:
 
 SIZES = {
     "gpu": Size(),
-    "cpu": Size(400, 64, points=4, steps=200, batch=32, map_every=50, decay=0.98, judged=400, euler=10, map_images=16,
-                highlighter_images=1200, highlighter_epochs=25, seeds=(0, 1, 2), sweep_seeds=(0,)),
+    "cpu": Size(0, steps=120, batch=32, map_every=30, decay=0.98, judged=400, euler=10, map_images=16,
+                highlighter_images=400, highlighter_epochs=10, seeds=(0, 1, 2), sweep_seeds=(0, 1)),
     "tiny": Size(4, 4, warmup=2, points=2, steps=5, batch=4, map_every=2, judged=16, euler=2, map_images=2,
                  highlighter_images=20, highlighter_epochs=1, seeds=(0, 1), sweep_seeds=(0,)),
 }
@@ -85,10 +85,11 @@ class Job:
     needs: list[str] = field(default_factory=list, hash=False)
 
 
-def jobs_of(size: Size) -> list[Job]:
-    """In the order in which they are begun."""
+def jobs_of(size: Size, only: list[str] | None = None) -> list[Job]:
+    """In the order in which they are begun. only: variants that are wanted, beside the base; all without it."""
     jobs = [Job("base model"), Job("highlighter", needs=["base model"])]
     jobs += [Job(f"base {seed}", "base", seed, ["base model"]) for seed in size.seeds]
     order = [(name, seed) for seed in size.seeds for name in ("both", "forward", "reverse")]
     order += [(name, seed) for seed in size.sweep_seeds for name in SWEEPS]
+    order = [(name, seed) for name, seed in order if only is None or name in only]
     return jobs + [Job(f"{name} {seed}", name, seed, ["highlighter", f"base {seed}"]) for name, seed in order]

@@ -58,11 +58,15 @@ class Worker:
 
     Args:
         until: time.time() after which no job is begun. minutes: that were left when the bench began.
+        only: variants that are wanted. base: a base model that an earlier call trained (`base weights.safetensors`).
     """
 
-    def __init__(self, demo_model, folder: Path, data: Path | None, size: Size, until: float, minutes: float, graph: bool):
+    def __init__(
+        self, demo_model, folder: Path, data: Path | None, size: Size, until: float, minutes: float, graph: bool = True,
+        only: list[str] | None = None, base: Path | None = None,
+    ):
         self.demo_model, self.folder, self.size = demo_model, folder, size
-        self.until, self.minutes, self.graph = until, minutes, graph
+        self.until, self.minutes, self.graph, self.only, self.base = until, minutes, graph, only, base
         (self.images, self.labels), self.test = load_fashion_mnist(data)
         self.training: FastDemo | None = None
         self.opinion = None
@@ -73,7 +77,7 @@ class Worker:
     def work(self) -> None:
         """Do jobs until none is left or the time is over."""
         while time.time() < self.until:
-            left = [job for job in jobs_of(self.size) if not any(self.path(job.name, end).exists() for end in ("json", "failed"))]
+            left = [job for job in jobs_of(self.size, self.only) if not any(self.path(job.name, end).exists() for end in ("json", "failed"))]
             for job in left:
                 if any(self.path(name, "failed").exists() for name in job.needs):
                     self.path(job.name, "failed").write_text("What it needs failed.")
@@ -136,41 +140,50 @@ class Worker:
     # The base
 
     def base_model(self) -> dict:
-        """Train on from the shipped weights to the plateau, with FD on the way."""
+        """Train on from the shipped weights to the plateau, with FD on the way; or take the base that was given."""
         size = self.size
         real = self.features(self.test[0])
         save_file({"features": real}, self.path("real", "safetensors"))
         self.training = None
-        training = self.demo(size.base_batch)
-        points, losses = [[0, self.fd_now(real)]], []
+        training = self.demo(size.base_batch if self.base is None else size.batch)
+        if self.base is not None:
+            training.begin_with(load_file(self.base))
+        found = {"FD_by_step": [[0, self.fd_now(real)]], "steps": 0, "batch": training.batch}
+        if self.base is None and size.base_steps:
+            self.train_base(training, real, found)
+        self.keep_state("base model", training)
+        save_file({name: value.half().cpu() for name, value in training.averaged.state_dict().items()},
+                  self.path("base weights", "safetensors"))
+        samples = training.sample(classes(size.highlighter_images), HIGHLIGHTER_SEED, size.euler)
+        save_file({"samples": samples}, self.path("base samples", "safetensors"))
+        return found | {
+            "cuda_graph": training.graph is not None, "device": str(self.device), "floor": self.floor(real),
+            "classifier_accuracy": (self.told(self.test[0]) == self.test[1]).double().mean().item(),
+            "brightness": self.test[0].mean().item(), "brightness_of_samples": samples.mean().item(),
+        }
+
+    def train_base(self, training: FastDemo, real: torch.Tensor, found: dict) -> None:
+        """The base's own training; puts what was seen on the way into `found`. The time there is may cut it short."""
+        size, losses = self.size, []
 
         def train(first: int, end: int, total: int) -> None:
             for step in range(first, end):
                 loss = training.step(BASE_SEED * 1_000_003 + step, self.base_rate(step, total), size.decay)
                 losses.append(loss.clone())
 
-        begun = time.perf_counter()
-        train(0, size.warmup, size.base_steps)
+        begun, done = time.perf_counter(), size.warmup
+        train(0, done, size.base_steps)
         torch.stack(losses).cpu()
-        step_seconds = (time.perf_counter() - begun) / size.warmup
-        steps = min(size.base_steps, max(size.warmup * 2, int(BASE_SHARE * 60 * self.minutes / step_seconds)))
-        done = size.warmup
+        found["step_seconds"] = (time.perf_counter() - begun) / done
+        steps = min(size.base_steps, max(2 * done, int(BASE_SHARE * 60 * self.minutes / found["step_seconds"])))
         for point in range(1, size.points + 1):
             end = max(done, steps * point // size.points)
             train(done, end, steps)
             done = end
-            points.append([done, self.fd_now(real)])
-            print(f"base model, step {done} of {steps}: FD {points[-1][1]:.2f}", flush=True)
-        self.keep_state("base model", training)
-        samples = training.sample(classes(size.highlighter_images), HIGHLIGHTER_SEED, size.euler)
-        save_file({"samples": samples}, self.path("base samples", "safetensors"))
-        return {
-            "steps": steps, "batch": size.base_batch, "FD_by_step": points, "step_seconds": step_seconds,
-            "cuda_graph": training.graph is not None, "device": str(self.device),
-            "classifier_accuracy": (self.told(self.test[0]) == self.test[1]).double().mean().item(), "floor": self.floor(real),
-            "brightness": self.test[0].mean().item(),
-            "loss_by_point": [part.mean().item() for part in torch.stack(losses).cpu().tensor_split(size.points)],
-        }
+            found["FD_by_step"].append([done, self.fd_now(real)])
+            print(f"base model, step {done} of {steps}: FD {found['FD_by_step'][-1][1]:.2f}", flush=True)
+        parts = torch.stack(losses).cpu().tensor_split(size.points)
+        found |= {"steps": steps, "loss_by_point": [part.mean().item() for part in parts]}
 
     def base_rate(self, step: int, steps: int) -> float:
         """Linear warm-up to the peak, a quarter of a cosine's way down to `rate` at 70 % of the steps, then level."""

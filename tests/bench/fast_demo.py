@@ -172,6 +172,13 @@ class FastDemo:
         for name, value in self.state().items():
             value.copy_(state[name])
 
+    @torch.no_grad()
+    def begin_with(self, weights: dict[str, torch.Tensor]) -> None:
+        """Weights and their average as given, the moments at zero."""
+        for name, value in self.state().items():
+            kind, _, parameter = name.partition(".")
+            value.copy_(weights[parameter]) if kind in ("weights", "average") else value.zero_()
+
     # Sampling
 
     @torch.no_grad()

@@ -4,11 +4,13 @@ import comfy.samplers
 import pytest
 import torch
 from artifact_guard.nodes.demo.model import load_demo_model
+from artifact_guard.nodes.fam import checkpointing
 from artifact_guard.nodes.fam.attention import AttentionSettings, patch_attention
 from artifact_guard.nodes.fam.checkpointing import KeepWhatWasSaved, checkpointed
 from artifact_guard.nodes.fam.lora_settings import step_seed
 from artifact_guard.nodes.fam.train_steps import output_factor
 from comfy_extras.nodes_train import TrainGuider, TrainSampler
+from torch.utils.checkpoint import checkpoint
 
 from tests.small_models import small_model
 from tests.unit.fam_lora_support import equal, settings, start
@@ -129,6 +131,26 @@ def test_checkpointing_leaves_no_trace_after_an_error():
             assert "forward" in vars(network[0])
             1 / 0
     assert "forward" not in vars(network[0])
+
+
+def test_no_error_passes_through_torchs_checkpoint(monkeypatch):
+    """Torch before 2.13 would leave its hooks on saved tensors behind; the error still comes out, and with it no gradient."""
+    def strict(function, *args, use_reentrant):
+        try:
+            return checkpoint(function, *args, use_reentrant=use_reentrant)
+        except BaseException as error:
+            raise AssertionError("an error came out of the function that checkpoint was given") from error
+
+    monkeypatch.setattr(checkpointing, "checkpoint", strict)
+
+    class Failing(torch.nn.Module):
+        def forward(self, x):
+            raise MemoryError("none left")
+
+    model = torch.nn.Module()
+    model.block = torch.nn.Sequential(Failing())
+    with checkpointed(model, True), torch.enable_grad(), pytest.raises(MemoryError, match="none left"):
+        model.block[0](torch.ones(2, requires_grad=True))
 
 
 def test_each_image_has_its_own_prompt():
