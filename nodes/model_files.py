@@ -6,6 +6,8 @@ and text and runs nothing.
 
 import json
 import os
+import re
+from pathlib import PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +37,21 @@ def file_names(folder: str) -> list[str]:
     return folder_paths.get_filename_list(folder)
 
 
+def check_name(name: str, input_name: str, folder: str) -> None:
+    """That `name` is one inside models/FOLDER.
+
+    Raises:
+        ValueError: nothing but dots and spaces, a drive letter, a path from the root, a step out by "..", control characters.
+    """
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    outside = not parts or parts[0] == "/" or ".." in parts or not parts[-1].strip(". ")
+    if outside or ":" in name or re.search(r"[\x00-\x1f]", name):
+        raise ValueError(
+            f"{input_name} is {name!r}, which is no name inside models/{folder}. Give a plain name, with folders in it "
+            "if you like (sd15/portraits): no drive letter, no leading slash, no '..'."
+        )
+
+
 def save_model_file(folder: str, filename_prefix: str, kind: str, tensors: dict, settings: dict) -> str:
     """Write tensors and settings as a new file PREFIX_00001_.safetensors under models/FOLDER, with the next free number.
 
@@ -48,13 +65,10 @@ def save_model_file(folder: str, filename_prefix: str, kind: str, tensors: dict,
     Raises:
         ValueError: the prefix is empty or points outside the folder.
     """
+    check_name(filename_prefix, "filename_prefix", folder)
     root = folder_paths.get_folder_paths(folder)[0]
-    target = os.path.abspath(os.path.join(root, filename_prefix))
-    if not os.path.basename(os.path.normpath(filename_prefix)).strip(". ") or not is_inside(target, root):
-        raise ValueError(
-            f"filename_prefix is {filename_prefix!r}: a name inside models/{folder} is wanted, such as clothes/first. "
-            "Leave out drive letters, leading slashes and `..`."
-        )
+    if not is_inside(os.path.join(root, filename_prefix), root):
+        raise ValueError(f"filename_prefix is {filename_prefix!r}, which links lead out of models/{folder}. Give another name.")
     path_folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
     path = os.path.join(path_folder, f"{name}_{counter:05}_{EXTENSION}")
     write_model_file(path, kind, tensors, settings)
@@ -73,6 +87,7 @@ def load_model_file(folder: str, name: str, kind: str) -> tuple[dict[str, torch.
     Raises:
         ValueError: no such file, a name that points outside the folder, a damaged file, or one of another kind.
     """
+    check_name(name, "name", folder)
     path = folder_paths.get_full_path(folder, name)
     roots = folder_paths.get_folder_paths(folder)
     if path is None or not any(is_inside(path, root) for root in roots):

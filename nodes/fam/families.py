@@ -5,8 +5,11 @@ the table of the help page true). A network is known by its class, not by guessi
 was not measured, and is refused in words.
 """
 
+import functools
+import inspect
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 PATCH, OVERRIDE = "attn1_patch", "attention override"
 
@@ -102,8 +105,20 @@ def class_name(network) -> str:
     return f"{type(network).__module__}.{type(network).__qualname__}"
 
 
+def mentions(network, word: str) -> bool:
+    """Whether the code of a network's own layers has this word: ComfyUI's releases differ in the hooks that they call."""
+    modules = {type(part).__module__ for part in network.modules()}
+    own = {name for name in modules if name.startswith(LDM) and name != LDM + "modules.attention"}  # that one is the UNets'
+    return any(word in _source(name) for name in own)
+
+
+@functools.lru_cache(maxsize=None)
+def _source(module: str) -> str:
+    return inspect.getsource(sys.modules[module])
+
+
 def family_of(network) -> Family:
-    """The family of a diffusion network.
+    """The family of a diffusion network, as this release of ComfyUI has it.
 
     Raises:
         ValueError: the network calls no hook, or is of a kind that was not measured.
@@ -111,6 +126,13 @@ def family_of(network) -> Family:
     name = class_name(network)
     for family in FAMILIES:
         if name in family.networks:
+            if family.hook == PATCH and family is not UNET and not mentions(network, PATCH):
+                raise ValueError(
+                    f"model: {family.name} lets nobody reach its attention in this release of ComfyUI; newer ones do (0.20.1 "
+                    "was seen to). Update ComfyUI, or use this patch on a model of another family."
+                )
+            if family.numbered and family is not UNET and not mentions(network, "block_index"):
+                return replace(family, numbered={})
             return family
     advice = "Refine Flaws works with it at attention_strength 0; for the patch itself use a model of another family."
     if name in NO_HOOK:

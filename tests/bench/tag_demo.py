@@ -22,7 +22,7 @@ from .tag_runs import PREDICTOR, guided, noisy_euler
 NOISES = (0.0, 0.05, 0.1, 0.2, 0.3)
 STEPS = 20
 FEW_STEPS = (1, 3, 5, 10)
-CFG, CFG_NOISES = 2.5, (0.1, 0.3)
+CFG, CFG_NOISES = 2.5, (0.0, 0.1, 0.3)
 HARD_NOISE = 0.2
 
 DEFAULT = {"training-free (default)": {}, "predictor": {"predictor": PREDICTOR}}

@@ -75,13 +75,19 @@ def run_to_the_end(page, server) -> dict:
     raise TimeoutError(f"the workflow did not end within {RUN_SECONDS} s")
 
 
-def test_quickstart_in_the_page(page, comfy_server, tmp_path):
-    text = WORKFLOW.read_text(encoding="utf-8")
+def open_workflow(page, path, screenshot) -> tuple[dict, list[dict], list[dict]]:
+    """Drops a workflow's file on the page: (what is in the file, the nodes and the groups that are there then).
+
+    Nothing complains, every node is known, and none lies on another.
+    """
+    text = path.read_text(encoding="utf-8")
     saved = json.loads(text)
     page.evaluate(DROP_FILE, text)
     page.wait_for_function(f"() => app.graph.nodes.length === {len(saved['nodes'])}")
     page.evaluate(FIT)
     page.wait_for_timeout(1000)
+    page.screenshot(path=screenshot)
+    print(f"screenshot: {screenshot}")
     dialogs = page.locator("[role=dialog]:visible")
     assert dialogs.count() == 0, dialogs.all_inner_texts()
 
@@ -89,6 +95,19 @@ def test_quickstart_in_the_page(page, comfy_server, tmp_path):
     assert [node["type"] for node in nodes if not node["registered"]] == []
     for one, other in itertools.combinations(nodes, 2):
         assert not overlap(one["box"], other["box"]), f"{one['title']} overlaps {other['title']}"
+    return saved, nodes, groups
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOW.parent.glob("*.json")), ids=lambda path: path.stem)
+def test_every_template_opens(path, page, tmp_path):
+    _, nodes, groups = open_workflow(page, path, tmp_path / f"{path.stem}.png")
+    for node, group in itertools.product(nodes, groups):
+        assert not overlap(node["box"], group["box"]) or inside(node["box"], group["box"]), node["title"]
+    assert path.with_suffix(".jpg").is_file()
+
+
+def test_quickstart_in_the_page(page, comfy_server, tmp_path):
+    saved, nodes, groups = open_workflow(page, WORKFLOW, tmp_path / "opened.png")
     assert [group["title"] for group in groups] == ["Without the guard", "With the guard"]
     for node, group in itertools.product(nodes, groups):
         assert not overlap(node["box"], group["box"]) or inside(node["box"], group["box"]), node["title"]

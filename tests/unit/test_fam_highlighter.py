@@ -112,9 +112,9 @@ def test_saved_and_loaded_again():
     assert FAMSaveFlawHighlighter.execute(judge, "unit/saved").ui["text"][0] != path
 
 
-@pytest.mark.parametrize("prefix", ["../outside", "/outside", "a/../../outside", "", "..", "folder/.."])
+@pytest.mark.parametrize("prefix", ["../outside", "/outside", "a/../../outside", "", "..", "folder/..", "C:outside", "a\\..\\outside", "a\nb"])
 def test_saving_outside_the_folder_is_refused(prefix):
-    with pytest.raises(ValueError, match="a name inside models/flaw_highlighters is wanted"):
+    with pytest.raises(ValueError, match="no name inside models/flaw_highlighters"):
         FAMSaveFlawHighlighter.execute(highlighter(), prefix)
 
 
@@ -131,6 +131,8 @@ def test_files_that_are_no_highlighters(tmp_path):
     with pytest.raises(ValueError, match="its content does not fit"):
         FAMLoadFlawHighlighter.execute("unit/torn_00001_.safetensors")
     with pytest.raises(ValueError, match="there is no such file under models/flaw_highlighters"):
+        load_model_file("flaw_highlighters", "nowhere.safetensors", KIND)
+    with pytest.raises(ValueError, match="no name inside models/flaw_highlighters"):
         load_model_file("flaw_highlighters", "../../../etc/passwd", KIND)
 
 
