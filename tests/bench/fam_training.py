@@ -79,9 +79,6 @@ def read_options(options: list[str], cuda: bool) -> argparse.Namespace:
 
 
 def run(pack, output: Path, data: Path | None, minutes: float | None = None, options: list[str] = ()) -> dict:
-    from comfy.cli_args import args
-
-    args.use_pytorch_cross_attention = True
     asked = read_options(list(options), torch.cuda.is_available())
     asked.minutes = 1e6 if minutes is None else minutes
     folder, size = output / "fam_training" / asked.size, size_of(asked)
