@@ -81,6 +81,10 @@ def train_highlighter(environment: Environment, options: argparse.Namespace) -> 
     return run(environment, [ROOT / "tests" / "bench" / "train_highlighter.py", *options.rest])
 
 
+def train_trap_net(environment: Environment, options: argparse.Namespace) -> int:
+    return run(environment, [ROOT / "tests" / "bench" / "train_trap_net.py", *options.rest])
+
+
 def serve(environment: Environment, options: argparse.Namespace) -> int:
     base = cache_folder() / "serve"
     print(f"Starting ComfyUI; its models, input and output stay in {base}", flush=True)
@@ -124,6 +128,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command(train_demo, "train the demo model again; other arguments are passed on")
     command(train_time_predictor, "train the demo model's time predictor again; other arguments are passed on")
     command(train_highlighter, "train the demo model's flaw highlighter again; other arguments are passed on")
+    command(train_trap_net, "fit the ASCED detector's network again; other arguments are passed on")
 
     # Cut off before parsing: argparse would read options behind -- as its own.
     own, rest = arguments, []
@@ -131,7 +136,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         cut = arguments.index("--")
         own, rest = arguments[:cut], arguments[cut + 1 :]
     options, unknown = parser.parse_known_args(own)
-    passing = (bench, train_demo, train_time_predictor, train_highlighter)
+    passing = (bench, train_demo, train_time_predictor, train_highlighter, train_trap_net)
     if unknown and options.command not in passing or rest and options.command not in (test, *passing):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     if options.python and not options.comfyui:

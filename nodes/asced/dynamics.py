@@ -108,11 +108,15 @@ class DynamicsDetector(Detector):
             return
         self.valid = valid
         velocity = (current.denoised.float() - denoised) / length
+        self.gather(velocity, position, current)
         if self.move is not None:
             self._burst(self.move, velocity)
         self.past.append((current.position, current.denoised.float()))
         self._straggler()
         self.move = Move(velocity, length, math.exp(position), None if self.move is None else self.move.velocity)
+
+    def gather(self, velocity: torch.Tensor, start: float, current: Estimate) -> None:
+        """For detectors that look at more: told of every change, V_t (F, C, H, W), ln(b / a) where it began, where it led."""
 
     def change_limit(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> torch.Tensor | None:
         """As published, without blur: this detector judges bends of the path and has no limit for one change alone."""
@@ -120,11 +124,7 @@ class DynamicsDetector(Detector):
         return robust_threshold(change, 3.0 / self.sensitivity, None if valid is None else valid[:, None])
 
     def findings(self, frames_per_sample: int = 1) -> Findings | None:
-        if self.move is not None and self.move.before is not None:  # the last change: known from its one side only
-            self._burst(self.move, None)
-            self.move = None
-        if self.burst is not None:
-            self._take_score(self.burst / self._usual_burst(), self.burst_at)
+        self.conclude()
         if self.peak is None:
             return None
         regions = self.peak > 1.0
@@ -134,6 +134,14 @@ class DynamicsDetector(Detector):
             regions = grow_from(support_in_time(regions, frames_per_sample), weak)
             regions = keep_regions(close_square(regions, self.gap), self.options)
         return Findings(regions, self.peak, self.onset, suspected)
+
+    def conclude(self) -> None:
+        """The window is over: judge its last change, known from one side only, and take in the bursts."""
+        if self.move is not None and self.move.before is not None:
+            self._burst(self.move, None)
+            self.move = None
+        if self.burst is not None:
+            self._take_score(self.burst / self._usual_burst(), self.burst_at)
 
     def _take_score(self, score: torch.Tensor, ratio: torch.Tensor | float) -> None:
         """Take in scores (F, H, W), 1 = the limit at sensitivity 1, of changes that began at `ratio`."""

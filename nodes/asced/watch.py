@@ -22,8 +22,8 @@ from .corrector import (
     targeted,
 )
 from .detector import Detector, Findings
-from .dynamics import DynamicsDetector
 from .estimate import Estimate
+from .learned import LearnedDetector
 from .options import AscedOptions, GuardSettings
 from .published import CleanEstimateDetector, WeightedScoreDetector
 from .report import RunRecord
@@ -43,7 +43,7 @@ def detector_class(options: AscedOptions) -> type[Detector]:
     classes = {
         "clean estimate": CleanEstimateDetector,
         "weighted score": WeightedScoreDetector,
-        "score dynamics": DynamicsDetector,
+        "score dynamics": LearnedDetector,
     }
     return classes[options.detector]
 

@@ -13,8 +13,9 @@ import torch
 
 from ..exact.model import conditioning, exact_model
 from ..quality.published import detect
-from .exact_runs import data_sets, fixed_window, guarded_run, trapped_batch
+from .exact_runs import data_sets, fixed_window, guarded_run, hand_made_rule, trapped_batch
 
+HAND_MADE = "score dynamics, without its network"
 AMPLITUDES = (0.2, 0.4, 0.8)
 SEEDS = (0, 1, 2)
 PARAMETERIZATIONS = ("eps", "flow")
@@ -57,12 +58,13 @@ def describe(scores: dict) -> dict:
 
 
 def rules(pack) -> dict:
-    """Name -> settings of a guard that only looks, one for each detector."""
+    """Name -> settings of a guard that only looks, one for each detector, and for the default without its network."""
     options = pack.nodes.asced.options
-    return {
+    rules = {
         name: options.GuardSettings(mode="detect only", options=options.AscedOptions(detector=name))
         for name in options.DETECTORS
     }
+    return rules | {HAND_MADE: rules["score dynamics"]}
 
 
 def published_masks(run) -> torch.Tensor:
@@ -98,7 +100,8 @@ def compare_rules(pack, sets: dict[str, torch.Tensor]) -> dict:
             for seed in SEEDS:
                 for case, model, truth in trapped_and_clean(images, parameterization, seed):
                     for name, settings in rules(pack).items():
-                        watched = guarded_run(pack, model, settings, seed)
+                        with hand_made_rule(pack) if name == HAND_MADE else contextlib.nullcontext():
+                            watched = guarded_run(pack, model, settings, seed)
                         masks = {name: watched.record.regions}
                         if name == "clean estimate":
                             masks["published (numpy)"] = published_masks(watched)

@@ -30,8 +30,8 @@ def trajectories(seed: int) -> list[torch.Tensor]:
 
 def run(pack, output: Path, data: Path | None) -> dict:
     from artifact_guard.kernels.score_dynamics import change_maps
-    from artifact_guard.nodes.asced.dynamics import DynamicsDetector
     from artifact_guard.nodes.asced.estimate import Estimate
+    from artifact_guard.nodes.asced.learned import LearnedDetector
     from artifact_guard.nodes.asced.options import AscedOptions
     from artifact_guard.nodes.asced.published import CleanEstimateDetector
 
@@ -40,7 +40,7 @@ def run(pack, output: Path, data: Path | None) -> dict:
         estimates = [Estimate(x, x, 1.0, 8 * 0.85**n) for n, x in enumerate(steps)]
         for previous, current in zip(estimates, estimates[1:]):
             detector.observe(previous, current, None)
-            if kind is DynamicsDetector:
+            if kind is LearnedDetector:
                 detector.accompany(change_maps(current.denoised, previous.denoised)[1])
         return detector.findings().regions
 
@@ -58,7 +58,7 @@ def run(pack, output: Path, data: Path | None) -> dict:
     told = in_turns({
         "numpy + scipy": lambda n: published.detect(arrays[n % 4]),
         "published rule, ours": lambda n: detect(CleanEstimateDetector, moved[n % 4]),
-        "default detector": lambda n: detect(DynamicsDetector, moved[n % 4]),
+        "default detector": lambda n: detect(LearnedDetector, moved[n % 4]),
     }, REPEATS, "numpy + scipy")
     torch.set_num_threads(threads)
     return {

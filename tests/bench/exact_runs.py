@@ -60,6 +60,11 @@ FIXED_END = 3.1
 """Noise ratio b / a of the published correction step, t / T = 0.48 to 0.52 of a linear-beta schedule."""
 
 
+def hand_made_rule(pack):
+    """A context in which the default detector goes without its network: the rule of dynamics.py alone."""
+    return mock.patch.object(pack.nodes.asced.watch, "LearnedDetector", pack.nodes.asced.dynamics.DynamicsDetector)
+
+
 def fixed_window(pack):
     """A context in which the default detector's window ends where the paper's does, instead of where it is best for it."""
     detector = pack.nodes.asced.dynamics.DynamicsDetector

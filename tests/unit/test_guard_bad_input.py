@@ -124,7 +124,7 @@ def test_runs_too_short(sampler, steps):
     model = trapped_model()
     reason = f"a run of {steps} steps? is too short.*3 are needed"
     unguarded(model, reason, sampler=sampler, sigmas=schedule(model, steps))
-    guarded, report = guard(model)
+    guarded, report = guard(model, sensitivity=1.0)
     Run(guarded, sampler, sigmas=schedule(model, 3)).start()
     assert report.runs[0].reason is None and report.runs[0].restarts == 1
 

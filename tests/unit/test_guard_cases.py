@@ -35,7 +35,7 @@ def test_inpainting_judges_and_changes_the_masked_part_only():
     mask = torch.zeros(1, HEIGHT, WIDTH)
     mask[:, 8:, 2:] = 1.0  # the second trap lies in the part that is kept
     model, latent = exact_model(images(), traps=[trap([1]), trap([0, 1, 2], ELSEWHERE)]), {"samples": images(BATCH)}
-    guarded, report = guard(model)
+    guarded, report = guard(model, sensitivity=1.0)
     bare, output = (ksampler(m, latent=latent | {"noise_mask": mask}) for m in (model, guarded))
     (record,) = report.runs
     assert found(record) == [False, True, False] and record.restarts == 1 and record.regions[1].sum() < 80

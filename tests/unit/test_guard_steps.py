@@ -27,7 +27,7 @@ def test_step_that_is_reckoned_is_the_one_the_model_was_asked_at(sampler, kind):
         seen.append((step, place(run, step, sigma), place(run, None, sigma)))
         return seen[-1][1]
 
-    guarded, report = guard(trapped_model(kind))
+    guarded, report = guard(trapped_model(kind), sensitivity=1.0)
     with mock.patch.object(GuardedRun, "_place", noted):
         ksampler(guarded, sampler)
     reckoned = [step for step, _, _ in seen if step is not None]

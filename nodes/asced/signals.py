@@ -1,0 +1,101 @@
+"""What a window showed of each place of a frame, as maps that mean the same in every latent space, size and schedule.
+
+All are ratios within one frame, over ln(b / a), on a grid whose shorter side has at most 32 cells:
+
+travel 1-6   log of the mean channel's |change of D| between the noise ratios EDGES, over a sixth of its frame's mean
+             over all six: how much each place moved, and when
+travel       log of how far it has come since the run began, over its frame's mean
+burst, straggler, when   the scores of the hand-made rule (dynamics.py), log, and ln(b / a) of the strongest burst
+edge 8, 4, 1 log of the mean step between neighbours of D in units of its frame's contrast, at b / a about 8, 4 and at the
+             end: what is drawn while its surroundings are still fog has locked in early
+detail       the same for the difference from the mean of the four neighbours, at the end
+distance 8, 4   log of |D now - D then|, over a sixth of the frame's mean travel
+deviation    |D - its frame's mean| in units of the contrast
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+GRID = 32
+EDGES = (12.0, 8.0, 5.6, 4.0, 2.9, 2.15, 1.5)
+THEN = (9.0, 4.5)
+"""The structure is looked at in the first estimates at or below these noise ratios."""
+
+NAMES = (
+    *(f"travel {i}" for i in range(1, len(EDGES))), "travel", "burst", "straggler", "when", "edge 8", "edge 4", "edge 1",
+    "detail", "distance 8", "distance 4", "deviation",
+)
+LEAST = 0.02
+TINY = 1e-9
+
+
+class Signals:
+    """Gathers the maps of one window. State: the travel of six spans and three estimates, all on the grid."""
+
+    def __init__(self):
+        self.spans: list[torch.Tensor | float] = [0.0] * (len(EDGES) - 1)
+        self.then: dict[float, torch.Tensor] = {}
+        self.now: torch.Tensor | None = None
+        self.changes = 0
+
+    def add(self, velocity: torch.Tensor, start: float, end: float, denoised: torch.Tensor) -> None:
+        """Take in V_t (F, C, H, W) of the change from ln(b / a) = start to end, and the estimate it led to."""
+        rate = on_grid(velocity.abs().mean(dim=1))
+        for span, (high, low) in enumerate(zip(EDGES, EDGES[1:])):
+            shared = min(start, math.log(high)) - max(end, math.log(low))
+            if shared > 0:
+                self.spans[span] = self.spans[span] + rate * shared
+        self.now = on_grid(denoised.float())
+        for ratio in THEN:
+            if ratio not in self.then and end <= math.log(ratio):
+                self.then[ratio] = self.now
+        self.changes += 1
+
+    def maps(self, travel, burst, straggler, when) -> torch.Tensor:
+        """The maps NAMES, (F, K, h, w) float32. travel, burst, straggler: (F, H, W) at full size; when: noise ratio b / a."""
+        def mean(values):
+            return values.mean((1, 2), keepdim=True)
+
+        spans = [span + torch.zeros_like(self.now[:, 0]) for span in self.spans]
+        scale = mean(sum(spans)).clamp(min=TINY) / len(spans)
+        travel = on_grid(travel)
+        maps = [torch.log(span / scale + LEAST) for span in spans]
+        maps.append(torch.log(travel / mean(travel).clamp(min=TINY) + LEAST))
+        maps += [torch.log(on_grid(score).clamp(min=0.0) + LEAST) for score in (burst, straggler)]
+        maps.append(on_grid(when).clamp(1.0, EDGES[0]).log())
+        then = [self.then.get(ratio, self.now) for ratio in THEN]
+        away = self.now - self.now.mean((2, 3), keepdim=True)
+        contrast = away.square().mean((1, 2, 3)).sqrt().clamp(min=TINY)[:, None, None]
+        maps += [torch.log(edges(x) / contrast + LEAST) for x in (*then, self.now)]
+        maps.append(torch.log(detail(self.now) / contrast + LEAST))
+        maps += [torch.log((self.now - x).abs().mean(1) / scale + LEAST) for x in then]
+        maps.append(away.abs().mean(1) / contrast)
+        return torch.stack(maps, dim=1)
+
+
+def grid_of(size: tuple[int, int]) -> tuple[int, int]:
+    """Cells of the grid for a frame of (height, width) latent pixels."""
+    pixels = max(1.0, min(size) / GRID)
+    return round(size[0] / pixels), round(size[1] / pixels)
+
+
+def on_grid(x: torch.Tensor) -> torch.Tensor:
+    """x (F, ..., H, W), averaged over the cells of the grid."""
+    size = grid_of(x.shape[-2:])
+    return x if size == tuple(x.shape[-2:]) else F.adaptive_avg_pool2d(x, size)
+
+
+def edges(x: torch.Tensor) -> torch.Tensor:
+    """Mean |step| from each pixel to its up to four neighbours, mean over the channels: (F, C, H, W) gives (F, H, W)."""
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    across, down = (padded.diff(dim=dim).abs().mean(1) for dim in (-1, -2))
+    return (across[:, 1:-1, 1:] + across[:, 1:-1, :-1] + down[:, 1:, 1:-1] + down[:, :-1, 1:-1]) / 4
+
+
+def detail(x: torch.Tensor) -> torch.Tensor:
+    """|x - mean of its four neighbours|, mean over the channels: (F, C, H, W) gives (F, H, W)."""
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    around = padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1] + padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:]
+    return (x - around / 4).abs().mean(1)

@@ -1,0 +1,179 @@
+"""Runs from which the default detector's network learns: develop traps and clean runs, exact denoisers and the demo model.
+
+Each number is one batch of a data set, parameterization, schedule, sampler and kind of trap drawn from it. Nothing of
+the held-out split is in it, no test image of CIFAR-10, and none of the pictures of Fashion-MNIST that the benchmarks
+use, though others of it, and the demo model has learned from all of them.
+"""
+
+import random
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+import comfy.sample
+import comfy.samplers
+
+from ..exact.denoiser import ExactDenoiser
+from ..exact.images import cifar10, shape_images
+from ..exact.model import conditioning, exact_model, sample
+from ..exact.trap_families import make_traps, one_per_sample
+from ..exact.truth import fell
+from ..harness.cache import cache_folder
+from .data import load_fashion_mnist
+from .exact_runs import BATCH, SIZE
+
+DECIDED = 1.15
+"""Runs are left at this noise ratio: the window is over, and who has fallen by then has fallen."""
+CIFAR_IMAGES = 20_000
+
+
+class Left(Exception):
+    pass
+
+
+class Recorder:
+    """A sampling callback that keeps the estimates and leaves the run at DECIDED."""
+
+    def __init__(self, ratios: list[float]):
+        self.ratios, self.estimates = ratios, []
+
+    def __call__(self, step, denoised, x, steps):
+        self.estimates.append(denoised.detach().clone())
+        if self.ratios[step] < DECIDED:
+            raise Left
+
+
+def ratios_of(model, sampling: dict) -> list[float]:
+    """b / a at each step of a run."""
+    from artifact_guard.nodes.coordinates import coefficients, ratio_of
+
+    names = sampling["sampler_name"], sampling["scheduler"]
+    sigmas = comfy.samplers.KSampler(model, sampling["steps"], "cpu", *names, 1.0).sigmas[:-1]
+    model_sampling = model.get_model_object("model_sampling")
+    return [ratio_of(*coefficients(model_sampling, sigma)) for sigma in sigmas]
+
+
+def drawn_sampling(draw: random.Random) -> dict:
+    """25 Euler steps for one half of the runs, for the other what people use."""
+    sampling = {"steps": 25, "sampler_name": "euler", "scheduler": "normal"}
+    if draw.random() < 0.5:
+        samplers = ["euler", "euler", "dpmpp_2m", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "ddim"]
+        sampling = {"steps": draw.choice([12, 16, 20, 20, 30, 35, 50]), "sampler_name": draw.choice(samplers)}
+        sampling["scheduler"] = draw.choice(["normal", "simple", "karras", "beta", "sgm_uniform"])
+    return sampling
+
+
+class Pictures:
+    """The data sets by name, read once."""
+
+    def __init__(self, data: Path | None, cifar: Path):
+        fashion = load_fashion_mnist(data)[0][0]
+        benchmarks = torch.linspace(0, len(fashion) - 1, 1200).long()  # as in exact_runs.data_sets: never here
+        keep = torch.ones(len(fashion), dtype=torch.bool)
+        keep[benchmarks] = False
+        self.sets = {"fashion": fashion[keep], "cifar": cifar10(cifar, "train", CIFAR_IMAGES, cache_folder() / "data")[0]}
+
+    def some(self, name: str, seed: int, count: int) -> torch.Tensor:
+        if name == "shapes":
+            return shape_images(count, SIZE, seed=1000 + seed)
+        images = self.sets[name]
+        return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def exact_run(number: int, pictures: Pictures, coarse: bool = False) -> dict:
+    """One batch of an exact denoiser: estimates (S, B, C, H, W), ratios, truth, and where a trap stood.
+
+    A quarter of the data sets is mixed into 1 to 16 channels, half of these with noise on top, as latents have. coarse: few
+    steps, of few pictures, which decide themselves early and sharply, and traps of any strength.
+    """
+    draw = random.Random(10_000 + number)
+    name = draw.choice(["shapes", "fashion", "cifar"])
+    kind = draw.choice(["eps", "flow", "flow3"])
+    what = draw.choice(["clean", "scripted", "attractor", "attractor"])
+    count, more = draw.choice([400, 800, 1200, 1200, 1200]), {}
+    if coarse:
+        count, what = draw.choice([60, 120, 120, 300, 1200]), draw.choice(["clean", "clean", "scripted", "attractor"])
+        if draw.random() < 0.3 and what == "scripted":
+            more = {"amplitude": 3.0}
+    images = pictures.some(name, number, count)
+    if draw.random() < 0.25:
+        noise = torch.Generator().manual_seed(number)
+        channels = draw.choice([1, 4, 8, 16])
+        images = torch.einsum("cd,ndhw->nchw", torch.randn(channels, 3, generator=noise) / 3**0.5, images)
+        if draw.random() < 0.5:
+            images = images + 0.15 * torch.randn(images.shape, generator=noise)
+    sampling, weight = drawn_sampling(draw), draw.choice([0.1, 0.3, 0.5])
+    if coarse:
+        sampling["steps"] = draw.choice([8, 10, 12, 12, 16, 20, 25])
+    traps, truth = [], torch.zeros(BATCH, SIZE, SIZE, dtype=torch.bool)
+    if what != "clean":
+        more = {"weight": weight} if what == "attractor" else more
+        planted = make_traps(what, "develop", number, (SIZE, SIZE), BATCH, images.shape[1], textures=images, **more)
+        traps, truth = one_per_sample(planted), torch.cat([trap.mask for trap in planted])
+    labels, conds = None, {}
+    if draw.random() < 0.15:
+        labels = torch.arange(len(images)) % 2
+        conds = {"cfg": draw.choice([2.0, 4.0, 7.0]), "positive": conditioning(0), "negative": conditioning()}
+    settings = {"shift": 3.0} if kind == "flow3" else None
+    model = exact_model(images, kind[:4], traps=traps, labels=labels, sampling_settings=settings)
+    recorder = Recorder(ratios_of(model, sampling))
+    with torch.inference_mode(), suppress(Left):
+        sample(model, seed=number, latent=(BATCH, images.shape[1], SIZE, SIZE), callback=recorder, **sampling, **conds)
+    stood = truth
+    if what == "attractor":
+        truth = truth & fell(traps[0], ExactDenoiser(images, 0.05), recorder.estimates[-1])[:, None, None]
+    return {"what": what, "set": name, "estimates": recorder.estimates, "ratios": recorder.ratios, "truth": truth, "stood": stood}
+
+
+def demo_run(number: int, demo_model) -> dict:
+    """One batch of the demo model, all classes mixed: even numbers clean, odd ones with scripted traps in its estimate."""
+    draw = random.Random(20_000 + number)
+    sampling = drawn_sampling(draw)
+    if (sampling["scheduler"], sampling["steps"]) == ("normal", 25):
+        sampling["steps"] = 20
+    model, _ = demo_model.load_demo_model()
+    labels = torch.randint(0, 10, (BATCH,), generator=torch.Generator().manual_seed(number))
+    positive = [[torch.cat([demo_model.class_token(int(label)) for label in labels]), {}]]
+    truth = torch.zeros(BATCH, SIZE, SIZE, dtype=torch.bool)
+    if number % 2:
+        planted = make_traps("scripted", "develop", 50_000 + number, (SIZE, SIZE), BATCH)
+        truth = torch.cat([trap.mask for trap in planted])
+        anchors = [[] for _ in planted]
+
+        def trapped(arguments):
+            denoised, sigma = arguments["denoised"], arguments["sigma"].flatten()[:1]
+            for trap, state in zip(one_per_sample(planted), anchors):
+                denoised = trap.play(denoised, sigma.expand(len(denoised))[:, None], state)
+            return denoised
+
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(trapped)
+    cfg, recorder = draw.choice([2.5, 2.5, 2.5, 1.0, 5.0]), Recorder(ratios_of(model, sampling))
+    latent = torch.zeros(BATCH, 3, SIZE, SIZE)
+    noise, names = comfy.sample.prepare_noise(latent, number), (sampling["sampler_name"], sampling["scheduler"])
+    with torch.inference_mode(), suppress(Left):
+        comfy.sample.sample(
+            model, noise, sampling["steps"], cfg, *names, positive, [[demo_model.class_token(None), {}]], latent,
+            callback=recorder, disable_pbar=True, seed=number,
+        )
+    what = "scripted" if number % 2 else "clean"
+    return {"what": what, "set": "demo", "estimates": recorder.estimates, "ratios": recorder.ratios, "truth": truth, "stood": truth}
+
+
+def watched(kind, estimates: list, ratios: list[float]):
+    """A detector of this kind that has seen such a run to the end of the window, as the guard shows it."""
+    from artifact_guard.kernels.score_dynamics import change_maps
+    from artifact_guard.nodes.asced.estimate import Estimate
+    from artifact_guard.nodes.asced.options import AscedOptions
+    from artifact_guard.nodes.asced.window import plan_window
+
+    detector = kind(AscedOptions(), 1.0, min(estimates[0].shape[-2:]))
+    schedule = [*ratios, 0.0, 0.0]  # the run was left early: more steps follow
+    window = plan_window(schedule, "auto", 0.0, 0.0, detector.auto_window, detector.lead)
+    seen = [Estimate(x, x.float(), *((1.0, r) if r < float("inf") else (0.0, 1.0))) for x, r in zip(estimates, ratios)]
+    for step, (previous, now) in enumerate(zip(seen[:window.correct_at], seen[1:]), start=1):
+        if step > window.detect_from:
+            detector.observe(previous, now, None)
+        detector.accompany(change_maps(now.denoised, previous.denoised)[1])
+    return detector
