@@ -140,7 +140,8 @@ class ASCEDOptions(io.ComfyNode):
                 io.Combo.Input(
                     "detector", options=list(DETECTORS), default=defaults.detector,
                     tooltip="What counts as wrong. score dynamics: bursts that freeze, regions still moving when the rest has "
-                    "settled or settled long before it, weighed by a small network. clean estimate and weighted score: any fast change, as in the paper's code and print.",
+                    "settled or settled long before it, weighed by a small network. clean estimate and weighted score: any fast "
+                    "change, as in the paper's code and print.",
                 ),
                 io.Combo.Input(
                     "correction", options=list(CORRECTIONS), default=defaults.correction,
