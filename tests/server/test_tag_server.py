@@ -102,11 +102,14 @@ def test_a_folder_of_pictures_trains(comfy_server, workflow):
 
 def test_cancelled_training_goes_on_to_save(comfy_server, workflow):
     """Cancel in the page: training stops, what was learned is saved."""
-    waiting = comfy_server.queue(training(workflow, steps=LONG))
     folder = comfy_server.base_directory / "models" / "time_predictors" / "tests"
-    time.sleep(6)
-    comfy_server.interrupt()
-    entry = comfy_server.wait(waiting)
+    for seconds in (6, 20, 60):  # on a busy machine the first step may take its time; cancelled before it is an error
+        waiting = comfy_server.queue(training(workflow, steps=LONG))
+        time.sleep(seconds)
+        comfy_server.interrupt()
+        entry = comfy_server.wait(waiting)
+        if entry["status"]["status_str"] == "success":
+            break
     assert entry["status"]["status_str"] == "success"
     assert re.search(rf"Cancelled after \d+ of {LONG} steps; what was learned is kept", comfy_server.log())
     (path,) = folder.glob("mine_*.safetensors")

@@ -68,8 +68,9 @@ def test_step_is_the_nodes(fast, attention, noise):
     ours.backward()
     assert ours.item() == pytest.approx(loss, rel=ROUNDING / 100)
     assert (ours.item() != ordinary) == (attention + noise > 0)
+    least = 1e-6 * max(gradient.norm() for gradient in gradients.values())  # some vanish but for rounding
     for name, parameter in fast.parameters.items():
-        assert (parameter.grad - gradients[name]).norm() <= ROUNDING * gradients[name].norm() + 1e-7, name
+        assert (parameter.grad - gradients[name]).norm() <= ROUNDING * gradients[name].norm() + least, name
 
 
 @pytest.mark.usefixtures("repeatable")
