@@ -114,7 +114,11 @@ def with_triton(
 ):
     """Marks a torch reference that has a Triton form of its name in `module`, beside it in this folder.
 
-    dtypes, unfit: see `obstacle`. size_of: the size that decides whether the Triton form is faster. The reference itself stays at hand as `reference`, the other one as `triton`.
+    The reference itself stays at hand as `reference`, the other one as `triton`.
+
+    Args:
+        dtypes, unfit: see `obstacle`.
+        size_of: the size that decides whether the Triton form is faster.
     """
 
     def mark(reference):
