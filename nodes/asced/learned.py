@@ -38,7 +38,7 @@ much lower."""
 HIGHEST = 50.0
 """The score is cut off here, so that at the lowest sensitivity nothing is abnormal."""
 
-BEGINS, ENDS, LEAST_CHANGES = 5.0, 2.6, 5
+BEGINS, ENDS, LEAST_CHANGES = 5.0, 2.6, 3
 """A whole window: its first change began at this noise ratio b / a or above, its last ended at this one or below, and
 there were at least that many. With 3 and 4, as in 12 steps of a flow model at shift 1, clean runs of a data set of 120
 pictures were flagged; traps among 1,200 pictures were found better (F1 0.90 instead of 0.73 and 0.75 at 12 and 16 steps)."""

@@ -13,10 +13,12 @@ import torch
 
 from ..exact.model import conditioning, exact_model
 from ..quality.published import detect
-from .exact_runs import data_sets, fixed_window, guarded_run, hand_made_rule, trapped_batch
+from .exact_runs import data_sets, fixed_window, guarded_run, hand_made_rule, latent_sets, trapped_batch
 
 HAND_MADE = "score dynamics, without its network"
 AMPLITUDES = (0.2, 0.4, 0.8)
+LATENT_UNIT = 2.0
+"""A 1 of the [-1, 1] image in latents of variance 1: pictures have a standard deviation of about a half."""
 SEEDS = (0, 1, 2)
 PARAMETERIZATIONS = ("eps", "flow")
 SHIFTED = "flow, shift 3"
@@ -81,15 +83,15 @@ def make_model(images: torch.Tensor, parameterization: str, **more):
     return exact_model(images, parameterization, **more)
 
 
-def trapped_and_clean(images: torch.Tensor, parameterization: str, seed: int, amplitudes=AMPLITUDES):
-    """(case, model, truth) of a seed: scripted traps of each amplitude, and the clean model."""
+def trapped_and_clean(images: torch.Tensor, parameterization: str, seed: int, amplitudes=AMPLITUDES, unit: float = 1.0):
+    """(case, model, truth) of a seed: scripted traps of each amplitude, in units of `unit`, and the clean model."""
     for amplitude in amplitudes:
-        traps, truth = trapped_batch("scripted", "held out", seed, images, amplitude=amplitude)
+        traps, truth = trapped_batch("scripted", "held out", seed, images, amplitude=unit * amplitude)
         yield amplitude, make_model(images, parameterization, traps=traps), truth
     yield "clean", make_model(images, parameterization), torch.zeros_like(truth)
 
 
-def compare_rules(pack, sets: dict[str, torch.Tensor]) -> dict:
+def compare_rules(pack, sets: dict[str, torch.Tensor], unit: float = 1.0) -> dict:
     """Every detector on every data set and parameterization, and on all of them together."""
     totals: dict = {}
     figures = {}
@@ -98,7 +100,7 @@ def compare_rules(pack, sets: dict[str, torch.Tensor]) -> dict:
             total = totals.setdefault(SHIFTED if parameterization == SHIFTED else "all", {})
             scores: dict = {}
             for seed in SEEDS:
-                for case, model, truth in trapped_and_clean(images, parameterization, seed):
+                for case, model, truth in trapped_and_clean(images, parameterization, seed, unit=unit):
                     for name, settings in rules(pack).items():
                         with hand_made_rule(pack) if name == HAND_MADE else contextlib.nullcontext():
                             watched = guarded_run(pack, model, settings, seed)
@@ -146,4 +148,7 @@ def sweep(pack, images: torch.Tensor) -> dict:
 
 def run(pack, output: Path, data: Path | None, cifar: Path | None = None) -> dict:
     sets = data_sets(data, cifar)
-    return {"rules": compare_rules(pack, sets), "sweep of the default, shapes": sweep(pack, sets["shapes"])}
+    return {
+        "rules": compare_rules(pack, sets), "rules, latents": compare_rules(pack, latent_sets(cifar), LATENT_UNIT),
+        "sweep of the default, shapes": sweep(pack, sets["shapes"]),
+    }

@@ -5,8 +5,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
-from ..exact.images import cifar10, shape_images
+from ..exact.images import as_latents, cifar10, shape_images
 from ..exact.model import Trajectory, sample
 from ..exact.trap_families import make_traps, one_per_sample
 from .data import load_fashion_mnist
@@ -28,6 +29,17 @@ def data_sets(data: Path | None, cifar: Path | None = None, count: int = 1200) -
     if cifar is not None:
         sets["cifar-10"] = cifar10(cifar, "test", count)[0]
     return sets
+
+
+def latent_sets(cifar: Path | None = None, count: int = 1200) -> dict[str, torch.Tensor]:
+    """Made-up latents (count, C, 32, 32) of pictures of 64x64, by name: of drawn ones, of CIFAR-10's if its zip is given."""
+    pictures = {"shapes": shape_images(count, 2 * SIZE, seed=7)}
+    if cifar is not None:
+        pictures["cifar-10"] = F.interpolate(cifar10(cifar, "test", count)[0], 2 * SIZE, mode="bicubic").clamp(-1, 1)
+    return {
+        f"{name}, latents of {channels} channels": as_latents(images, channels, seed=channels)
+        for name, images in pictures.items() for channels in (4, 12)
+    }
 
 
 @dataclass

@@ -1,11 +1,8 @@
-"""Fit the network of the default ASCED detector on develop traps and clean runs: python dev.py train-trap-net --cifar10 ZIP.
+"""Fit the network of the default ASCED detector on planted traps and clean runs: python dev.py train-trap-net --cifar10 ZIP.
 
 Every batch of trap_runs.py is sampled once and its maps (nodes/asced/signals.py) are kept in the cache folder; then the
 network learns which pixels lie in a trap. A trap that competed and lost leaves its region with the marks of a fight
 and nothing wrong in it: such pixels count little (LOST), as a redraw does little harm there.
-
-The shipped file was fitted by an earlier form of this script on the same runs (demo numbers 45 to 54 were kept for choosing
-the limit); of the first 175, whether a sample had fallen was judged at the end of the run. A rerun differs in detail.
 """
 
 import argparse
@@ -27,8 +24,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 SHIPPED = ROOT / "nodes" / "asced" / "trap_net.safetensors"
-EXACT, COARSE, DEMO = 360, 110, 45
-"""Batches of 32: exact denoisers, those among them of few steps or pictures, and the demo model."""
+EXACT, DEMO = 1000, 60
+"""Batches of 32: exact denoisers and the demo model."""
+COARSE = 4
+"""Every how manyth batch of an exact denoiser is one of few steps or pictures."""
 WIDTH, STEPS, BATCH, RATE = 16, 4500, 32, 5e-3
 LOST, TRAPPED, DICE = 0.25, 1.5, 0.2
 """Weight of a pixel where a trap stood and lost, of one in a trap that holds, and of the Dice loss beside cross-entropy."""
@@ -43,12 +42,13 @@ def collected(pack, folder: Path, data: Path | None, cifar: Path) -> list[dict]:
 
     folder.mkdir(parents=True, exist_ok=True)
     pictures, batches = None, []
-    for kind, count in (("exact", EXACT + COARSE), ("demo", DEMO)):
+    for kind, count in (("exact", EXACT), ("demo", DEMO)):
         for number in range(count):
             path = folder / f"{kind}-{number:04d}.pt"
             if not path.exists():
                 pictures = pictures or Pictures(data, cifar)
-                run = exact_run(number, pictures, number >= EXACT) if kind == "exact" else demo_run(number, pack.nodes.demo.model)
+                coarse = number % COARSE == COARSE - 1
+                run = exact_run(number, pictures, coarse) if kind == "exact" else demo_run(number, pack.nodes.demo.model)
                 maps = watched(LearnedDetector, run.pop("estimates"), run.pop("ratios")).maps()
                 torch.save({**run, "maps": None if maps is None else maps.half()}, path)
                 print(f"{path.name}: {run['set']}, {run['what']}", flush=True)

@@ -1,8 +1,8 @@
 """Runs from which the default detector's network learns: develop traps and clean runs, exact denoisers and the demo model.
 
-Each number is one batch of a data set, parameterization, schedule, sampler and kind of trap drawn from it. Nothing of
-the held-out split is in it, no test image of CIFAR-10, and none of the pictures of Fashion-MNIST that the benchmarks
-use, though others of it, and the demo model has learned from all of them.
+Each number is one batch of a data set, parameterization, schedule, sampler and kind of trap drawn from it. The traps are
+those of wide_traps.py. Nothing of the held-out split is in it, no test image of CIFAR-10, and none of the pictures of
+Fashion-MNIST that the benchmarks use, though others of it, and the demo model has learned from all of them.
 """
 
 import random
@@ -10,15 +10,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import comfy.sample
 import comfy.samplers
 
 from ..exact.denoiser import ExactDenoiser
-from ..exact.images import cifar10, shape_images
+from ..exact.images import as_latents, cifar10, shape_images
 from ..exact.model import conditioning, exact_model, sample
-from ..exact.trap_families import make_traps, one_per_sample
+from ..exact.trap_families import one_per_sample
 from ..exact.truth import fell
+from ..exact.wide_traps import wide_traps
 from ..harness.cache import cache_folder
 from .data import load_fashion_mnist
 from .exact_runs import BATCH, SIZE
@@ -54,13 +56,18 @@ def ratios_of(model, sampling: dict) -> list[float]:
     return [ratio_of(*coefficients(model_sampling, sigma)) for sigma in sigmas]
 
 
+SAMPLERS = (
+    "euler", "euler", "dpmpp_2m", "dpmpp_2m", "ddim", "heun", "lms", "ipndm", "deis", "res_multistep", "gradient_estimation",
+    "euler_ancestral", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "er_sde", "sa_solver", "lcm",
+)
+
+
 def drawn_sampling(draw: random.Random) -> dict:
-    """25 Euler steps for one half of the runs, for the other what people use."""
+    """25 Euler steps for one third of the runs, for the others what people use."""
     sampling = {"steps": 25, "sampler_name": "euler", "scheduler": "normal"}
-    if draw.random() < 0.5:
-        samplers = ["euler", "euler", "dpmpp_2m", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "ddim"]
-        sampling = {"steps": draw.choice([12, 16, 20, 20, 30, 35, 50]), "sampler_name": draw.choice(samplers)}
-        sampling["scheduler"] = draw.choice(["normal", "simple", "karras", "beta", "sgm_uniform"])
+    if draw.random() < 0.67:
+        sampling = {"steps": draw.choice([10, 12, 16, 20, 20, 25, 25, 30, 35, 50]), "sampler_name": draw.choice(SAMPLERS)}
+        sampling["scheduler"] = draw.choice(["normal", "normal", "simple", "karras", "beta", "sgm_uniform", "exponential"])
     return sampling
 
 
@@ -74,18 +81,35 @@ class Pictures:
         keep[benchmarks] = False
         self.sets = {"fashion": fashion[keep], "cifar": cifar10(cifar, "train", CIFAR_IMAGES, cache_folder() / "data")[0]}
 
-    def some(self, name: str, seed: int, count: int) -> torch.Tensor:
+    def some(self, name: str, seed: int, count: int, size: int = SIZE) -> torch.Tensor:
+        """`count` of them, (count, C, size, size)."""
         if name == "shapes":
-            return shape_images(count, SIZE, seed=1000 + seed)
+            return shape_images(count, size, seed=1000 + seed)
         images = self.sets[name]
-        return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]]
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]]
+        return images if size == SIZE else F.interpolate(images, size, mode="bicubic").clamp(-1, 1)
+
+
+def drawn_images(draw: random.Random, number: int, pictures: Pictures, name: str, count: int) -> tuple[torch.Tensor, float]:
+    """Data of a batch and what a 1 of the [-1, 1] image is in them: the pictures, these mixed into channels, or latents."""
+    kind = draw.choice(["pictures"] * 5 + ["mixed", "latents", "latents", "latents"])
+    if kind == "latents":
+        noise = draw.choice([0.0, 0.0, 0.1, 0.3])
+        images = pictures.some(name, number, count, 2 * SIZE)
+        return as_latents(images, draw.choice([4, 4, 12, 16]), draw.random() < 0.4, noise, number), 2.0
+    images = pictures.some(name, number, count)
+    if kind == "mixed":
+        random = torch.Generator().manual_seed(number)
+        images = torch.einsum("cd,ndhw->nchw", torch.randn(draw.choice([1, 4, 8, 16]), 3, generator=random) / 3**0.5, images)
+        if draw.random() < 0.5:
+            images = images + 0.15 * torch.randn(images.shape, generator=random)
+    return images, 1.0
 
 
 def exact_run(number: int, pictures: Pictures, coarse: bool = False) -> dict:
-    """One batch of an exact denoiser: estimates (S, B, C, H, W), ratios, truth, and where a trap stood.
+    """One batch of an exact denoiser: estimates (S, B, C, H, W), ratios, truth, where a trap stood and of what kind.
 
-    A quarter of the data sets is mixed into 1 to 16 channels, half of these with noise on top, as latents have. coarse: few
-    steps, of few pictures, which decide themselves early and sharply, and traps of any strength.
+    coarse: few steps, of few pictures, which decide themselves early and sharply, and traps of any strength.
     """
     draw = random.Random(10_000 + number)
     name = draw.choice(["shapes", "fashion", "cifar"])
@@ -96,21 +120,16 @@ def exact_run(number: int, pictures: Pictures, coarse: bool = False) -> dict:
         count, what = draw.choice([60, 120, 120, 300, 1200]), draw.choice(["clean", "clean", "scripted", "attractor"])
         if draw.random() < 0.3 and what == "scripted":
             more = {"amplitude": 3.0}
-    images = pictures.some(name, number, count)
-    if draw.random() < 0.25:
-        noise = torch.Generator().manual_seed(number)
-        channels = draw.choice([1, 4, 8, 16])
-        images = torch.einsum("cd,ndhw->nchw", torch.randn(channels, 3, generator=noise) / 3**0.5, images)
-        if draw.random() < 0.5:
-            images = images + 0.15 * torch.randn(images.shape, generator=noise)
-    sampling, weight = drawn_sampling(draw), draw.choice([0.1, 0.3, 0.5])
+    images, unit = drawn_images(draw, number, pictures, name, count)
+    sampling, weight = drawn_sampling(draw), draw.choice([0.1, 0.2, 0.4, 0.6])
     if coarse:
         sampling["steps"] = draw.choice([8, 10, 12, 12, 16, 20, 25])
-    traps, truth = [], torch.zeros(BATCH, SIZE, SIZE, dtype=torch.bool)
+    traps, truth, kinds = [], torch.zeros(BATCH, SIZE, SIZE, dtype=torch.bool), []
     if what != "clean":
         more = {"weight": weight} if what == "attractor" else more
-        planted = make_traps(what, "develop", number, (SIZE, SIZE), BATCH, images.shape[1], textures=images, **more)
-        traps, truth = one_per_sample(planted), torch.cat([trap.mask for trap in planted])
+        planted = wide_traps(what, 2**20 + number, (SIZE, SIZE), BATCH, images.shape[1], unit, **more)
+        kinds = [(trap.shape, trap.pattern) for trap in planted]
+        traps, truth = one_per_sample([t.trap for t in planted]), torch.cat([t.trap.mask for t in planted])
     labels, conds = None, {}
     if draw.random() < 0.15:
         labels = torch.arange(len(images)) % 2
@@ -123,7 +142,10 @@ def exact_run(number: int, pictures: Pictures, coarse: bool = False) -> dict:
     stood = truth
     if what == "attractor":
         truth = truth & fell(traps[0], ExactDenoiser(images, 0.05), recorder.estimates[-1])[:, None, None]
-    return {"what": what, "set": name, "estimates": recorder.estimates, "ratios": recorder.ratios, "truth": truth, "stood": stood}
+    return {
+        "what": what, "set": name if unit == 1.0 else "latents", "estimates": recorder.estimates, "ratios": recorder.ratios,
+        "truth": truth, "stood": stood, "kinds": kinds,
+    }
 
 
 def demo_run(number: int, demo_model) -> dict:
@@ -135,9 +157,10 @@ def demo_run(number: int, demo_model) -> dict:
     model, _ = demo_model.load_demo_model()
     labels = torch.randint(0, 10, (BATCH,), generator=torch.Generator().manual_seed(number))
     positive = [[torch.cat([demo_model.class_token(int(label)) for label in labels]), {}]]
-    truth = torch.zeros(BATCH, SIZE, SIZE, dtype=torch.bool)
+    truth, kinds = torch.zeros(BATCH, SIZE, SIZE, dtype=torch.bool), []
     if number % 2:
-        planted = make_traps("scripted", "develop", 50_000 + number, (SIZE, SIZE), BATCH)
+        wide = wide_traps("scripted", 2**21 + number, (SIZE, SIZE), BATCH)
+        planted, kinds = [w.trap for w in wide], [(w.shape, w.pattern) for w in wide]
         truth = torch.cat([trap.mask for trap in planted])
         anchors = [[] for _ in planted]
 
@@ -158,7 +181,10 @@ def demo_run(number: int, demo_model) -> dict:
             callback=recorder, disable_pbar=True, seed=number,
         )
     what = "scripted" if number % 2 else "clean"
-    return {"what": what, "set": "demo", "estimates": recorder.estimates, "ratios": recorder.ratios, "truth": truth, "stood": truth}
+    return {
+        "what": what, "set": "demo", "estimates": recorder.estimates, "ratios": recorder.ratios, "truth": truth,
+        "stood": truth, "kinds": kinds,
+    }
 
 
 def watched(kind, estimates: list, ratios: list[float]):

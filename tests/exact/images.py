@@ -96,6 +96,26 @@ def cifar10(zip_path, split="train", limit=None, cache=None):
     return _to_float(pixels[:limit]), torch.arange(classes).repeat(n)[:limit]
 
 
+def as_latents(images, channels, whiten=False, noise=0.0, seed=0):
+    """Latents (N, channels, H, W) of images (N, C, 2 H, 2 W): their 2x2 Haar transform, mixed, each channel of variance 1.
+
+    whiten: the channels are made uncorrelated before they are mixed, which brings out the finest. noise: grain added on
+    top, as the latents of an autoencoder have it.
+    """
+    random = torch.Generator().manual_seed(seed)
+    a, b, c, d = (images[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
+    bands = torch.cat([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], dim=1) / 2
+    bands = bands - bands.mean((0, 2, 3), keepdim=True)
+    if whiten:
+        flat = bands.transpose(0, 1).flatten(1)
+        values, vectors = torch.linalg.eigh(flat @ flat.T / flat.shape[1])
+        bands = torch.einsum("dc,ndhw->nchw", vectors / values.clamp(min=1e-2 * values.max()).sqrt(), bands)
+    if channels != bands.shape[1]:
+        bands = torch.einsum("cd,ndhw->nchw", torch.randn(channels, bands.shape[1], generator=random), bands)
+    bands = bands / bands.std((0, 2, 3), keepdim=True)
+    return (bands + noise * torch.randn(bands.shape, generator=random)) / (1 + noise**2) ** 0.5
+
+
 def _decode_jpeg(data):
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.exact.images import cifar10, fashion_mnist, shape_images
+from tests.exact.images import as_latents, cifar10, fashion_mnist, shape_images
 
 
 @pytest.mark.parametrize("channels, size", [(1, 16), (3, 32), (4, 17)])
@@ -52,3 +52,18 @@ def test_cifar10(tmp_path):
                 part.writestr(name, archive.read(name))
     images, labels = cifar10(tmp_path / "part.zip", "train", cache=tmp_path / "cache")
     assert labels.tolist() == [0, 1] and torch.equal(images, whole[:2]), "as many of each class as the smallest has"
+
+
+@pytest.mark.parametrize("whiten, noise", [(False, 0.0), (True, 0.3)])
+@pytest.mark.parametrize("channels", [4, 12, 16])
+def test_latents(channels, whiten, noise):
+    """Half the size, mean 0 and variance 1 in every channel; without whitening all of the pictures' energy is in them."""
+    images = shape_images(40, 64, seed=2)
+    latents = as_latents(images, channels, whiten, noise, seed=1)
+    assert latents.shape == (40, channels, 32, 32)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(channels), atol=0.02, rtol=0)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(channels), atol=0.02, rtol=0)
+    if channels == 12 and not noise:
+        coarse = torch.nn.functional.avg_pool2d(images, 2)
+        for channel in range(3):
+            assert torch.corrcoef(torch.stack([latents[:, channel].flatten(), coarse[:, channel].flatten()]))[0, 1] > 0.9999

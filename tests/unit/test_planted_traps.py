@@ -12,6 +12,7 @@ from tests.exact.model import Trajectory, conditioning, exact_model, resume, sam
 from tests.exact.trap_families import make_traps, one_per_sample
 from tests.exact.traps import AttractorTrap, ScriptedTrap, mixture_with_traps
 from tests.exact.truth import fell, region_log_likelihood, repaired
+from tests.exact.wide_traps import PATTERNS, SHAPES, wide_traps
 
 SIZE, STEPS = 16, 25
 
@@ -167,6 +168,24 @@ def test_families(images, kind):
             for p, q in zip(make_traps(kind, "develop", 3, (32, 32), 24), made["develop"])]
     assert all(same)
     assert not any(torch.equal(p.pattern, q.pattern) for p, q in zip(made["develop"], made["held out"]))
+
+
+@pytest.mark.parametrize("kind", ["scripted", "attractor"])
+def test_wide_traps(kind):
+    """Of every shape and pattern, as large as asked for, in the data's own unit, and the same for the same seed."""
+    made = wide_traps(kind, 3, (24, 32), 300, channels=5, unit=2.0)
+    assert {trap.shape for trap in made} == set(SHAPES) and {trap.pattern for trap in made} == set(PATTERNS)
+    areas = torch.stack([trap.trap.mask for trap in made]).flatten(1).sum(1) / (24 * 32)
+    assert 0.005 <= areas.min() < 0.015 and 0.1 < areas.max() <= 0.2  # pixels as near as the last belong to it too
+    for trap in (t.trap for t in made):
+        assert trap.pattern.shape == (1, 5, 24, 32)
+        if kind == "scripted":
+            assert trap.pattern[inside(trap.mask, trap.pattern)].square().mean().sqrt().item() == pytest.approx(2.0, abs=1e-4)
+        else:
+            assert trap.pattern.abs().max() <= 2.0 and trap.pattern.abs().max() > 0.05
+    again, other = (wide_traps(kind, seed, (24, 32), 2, channels=5, unit=2.0) for seed in (3, 4))
+    assert torch.equal(again[1].trap.pattern, made[1].trap.pattern)
+    assert not torch.equal(other[0].trap.pattern, made[0].trap.pattern)
 
 
 @pytest.mark.parametrize("kind", ["scripted", "attractor"])
