@@ -32,7 +32,7 @@ from ...kernels.robust_threshold import (
 )
 from ...kernels.score_dynamics import bend_map, change_maps, change_speed
 from ..latents import pixels
-from .detector import Detector, Findings, keep_regions
+from .detector import NEVER, Detector, Findings, keep_regions
 from .estimate import Estimate
 from .options import AscedOptions
 
@@ -148,7 +148,7 @@ class DynamicsDetector(Detector):
         score = score * self.sensitivity
         if self.valid is not None:
             score = score.masked_fill(~self.valid, 0.0)
-        self.take(score, score > WEAK, ratio)
+        self.take(score, torch.where(score > WEAK, ratio, NEVER))
 
     def _burst(self, move: Move, after: torch.Tensor | None) -> None:
         """Judge the change `move` against the one before it and the one after it."""
