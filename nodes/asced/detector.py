@@ -36,11 +36,12 @@ class Detector(ABC):
         travel: (F, H, W), how far each pixel of the clean estimate went in the run before, if it is known.
 
     auto_window: the noise ratios b / a between which it looks, if the user does not say; lead: how many steps before
-    the first of them it has to have seen.
+    the first of them it has to have seen; of_sample: whether it looks at the noisy sample too, and not at D alone.
     """
 
     auto_window: tuple[float, float]
     lead = 1
+    of_sample = False
 
     def __init__(self, options: AscedOptions, travel: torch.Tensor | None):
         self.options = options

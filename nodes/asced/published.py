@@ -119,6 +119,7 @@ class WeightedScoreDetector(CleanEstimateDetector):
     """
 
     together = 1
+    of_sample = True
 
     def __init__(
         self, options: AscedOptions, sensitivity: float, shorter_side: int, travel: torch.Tensor | None = None
