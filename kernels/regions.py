@@ -46,15 +46,17 @@ def label_regions(mask: torch.Tensor) -> torch.Tensor:
 def slide_square(x: torch.Tensor, side: int, combine) -> torch.Tensor:
     """What `combine` (torch.maximum, torch.minimum, torch.logical_or, ...) makes of each side x side square of x.
 
-    (B, H, W) gives (B, H - side + 1, W - side + 1). Row by row and then column by column: 30 times faster on a CPU than
+    (B, H, W) gives (B, H - side + 1, W - side + 1). Row by row and then column by column, and what reaches over some pixels
+    is made of two that reach over half as many, so that a square of 5 takes 6 operations: 30 times faster on a CPU than
     torch's pooling, measured with squares of 3 to 11 on 8 x 128 x 128, and for integers and booleans as they are.
     """
     for dim in (-2, -1):
-        size = x.shape[dim] - side + 1
-        combined = x.narrow(dim, 0, size)
-        for shift in range(1, side):
-            combined = combine(combined, x.narrow(dim, shift, size))
-        x = combined
+        reach = 1
+        while reach < side:
+            shift = min(reach, side - reach)
+            size = x.shape[dim] - shift
+            x = combine(x.narrow(dim, 0, size), x.narrow(dim, shift, size))
+            reach += shift
     return x
 
 
@@ -95,21 +97,17 @@ def grow_from(strong: torch.Tensor, weak: torch.Tensor) -> torch.Tensor:
     return weak & (count_in_region(label_regions(weak), strong & weak) > 0)
 
 
-def interior(labels: torch.Tensor, side: int) -> torch.Tensor:
-    """Pixels whose side x side square lies wholly in their own region: true erosion, region by region.
+def interior(mask: torch.Tensor, side: int) -> torch.Tensor:
+    """Pixels whose side x side square lies wholly in the mask (B, H, W) bool; outside the image is empty.
 
-    All labels in the square are equal exactly if the largest and the smallest are. labels: (B, H, W) int64.
+    The pixels of such a square are connected: this erodes each region by itself.
     """
     before = side // 2
-    padded = F.pad(labels, (before, side - 1 - before, before, side - 1 - before))
-    largest, smallest = (slide_square(padded, side, combine) for combine in (torch.maximum, torch.minimum))
-    return (labels > 0) & (largest == smallest)
+    return slide_square(F.pad(mask, (before, side - 1 - before) * 2), side, torch.logical_and)
 
 
 def filter_regions(mask: torch.Tensor, min_area: float, max_area: float, min_width: int) -> torch.Tensor:
     """Keep the 4-connected regions with min_area < area < max_area that survive erosion by a min_width square.
-
-    Each region is eroded by itself, so that two that touch at a corner do not hold each other up.
 
     Args:
         mask: (B, H, W) bool.
@@ -123,5 +121,5 @@ def filter_regions(mask: torch.Tensor, min_area: float, max_area: float, min_wid
     area = count_in_region(labels, mask)
     kept = mask & (area > min_area) & (area < max_area)
     if min_width > 1:
-        kept = kept & (count_in_region(labels, interior(labels, min_width)) > 0)
+        kept = kept & (count_in_region(labels, interior(mask, min_width)) > 0)
     return kept

@@ -1,5 +1,7 @@
 """Triton forms of score_dynamics.py: each reads its inputs once and writes maps that have no channels any more."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -104,11 +106,17 @@ def _blur_axis(
     tl.store(out + image + pixel, total, mask=inside)
 
 
+@functools.lru_cache(maxsize=16)
+def _weights_on(device: torch.device, sigma: float) -> torch.Tensor:
+    """gaussian_weights on the device, brought there once: the host waits for a copy."""
+    return torch.tensor(gaussian_weights(sigma), dtype=torch.float32, device=device)
+
+
 def change_speed(current: torch.Tensor, previous: torch.Tensor, sigma: float) -> torch.Tensor:
     current, previous = current.contiguous(), previous.contiguous()
     batch, channels, height, width = current.shape
     radius = blur_radius(sigma)
-    weights = torch.tensor(gaussian_weights(sigma), dtype=torch.float32, device=current.device)
+    weights = _weights_on(current.device, sigma)
     out = torch.empty(current.shape, dtype=torch.float32, device=current.device)
     grid = (batch * channels, triton.cdiv(height * width, BLOCK))
     shared = {"rows": height, "columns": width, "radius": radius, "BLOCK": BLOCK}

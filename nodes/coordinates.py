@@ -6,16 +6,21 @@ import torch
 
 
 def coefficients(model_sampling, sigma: torch.Tensor | float) -> tuple[float, float]:
-    """Coefficients (a, b) of the forward process x = a * x0 + b * eps at `sigma`, read off the model itself.
+    """Coefficients (a, b) of the forward process x = a * x0 + b * eps at `sigma`, read off the model itself."""
+    return coefficients_of_all(model_sampling, torch.as_tensor(sigma).reshape(1))[0]
+
+
+def coefficients_of_all(model_sampling, sigmas: torch.Tensor) -> list[tuple[float, float]]:
+    """`coefficients` at each of many sigmas (N,), in one go.
 
     EPS, V and EDM models give (1, sigma), flow models (1 - sigma, sigma), scaled flows what their noise_scale makes
     of it. Nothing about the model's family or schedule is assumed.
     """
-    sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").reshape(1)
-    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    a = model_sampling.noise_scaling(sigma, zero.clone(), one.clone())
-    b = model_sampling.noise_scaling(sigma, one.clone(), zero.clone())
-    return float(a), float(b)
+    sigmas = sigmas.to("cpu", torch.float64)
+    zero, one = torch.zeros(len(sigmas), 1, dtype=torch.float64), torch.ones(len(sigmas), 1, dtype=torch.float64)
+    a = model_sampling.noise_scaling(sigmas, zero.clone(), one.clone())
+    b = model_sampling.noise_scaling(sigmas, one.clone(), zero.clone())
+    return list(zip(a[:, 0].tolist(), b[:, 0].tolist()))
 
 
 def ratio_of(a: float, b: float) -> float:

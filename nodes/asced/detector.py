@@ -36,16 +36,16 @@ class Detector(ABC):
         travel: (F, H, W), how far each pixel of the clean estimate went in the run before, if it is known.
 
     auto_window: the noise ratios b / a between which it looks, if the user does not say; lead: how many steps before
-    the first of them it has to have seen.
+    the first of them it has to have seen; of_sample: whether it looks at the noisy sample too, and not at D alone.
     """
 
     auto_window: tuple[float, float]
     lead = 1
+    of_sample = False
 
     def __init__(self, options: AscedOptions, travel: torch.Tensor | None):
         self.options = options
         self.travel = travel
-        self.abnormal: torch.Tensor | None = None
         self.peak: torch.Tensor | None = None
         self.onset: torch.Tensor | None = None
 
@@ -61,20 +61,22 @@ class Detector(ABC):
     def change_limit(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> torch.Tensor | None:
         """The largest change of D between the two steps that is not abnormal, (F,), for score clipping; None: any."""
 
-    def take(self, score: torch.Tensor, abnormal: torch.Tensor, ratio: float) -> None:
-        """Take in one comparison: score (F, H, W), 1 = the limit; the pixels it makes abnormal; where it began."""
+    def take(self, score: torch.Tensor, began: torch.Tensor) -> None:
+        """Take in a comparison, both (F, H, W): score, 1 = the limit; where it makes a pixel abnormal the noise ratio at which
+        that began, else NEVER. What was taken before keeps its onset."""
         if self.peak is None:
-            self.peak, self.abnormal, self.onset = score, abnormal, torch.where(abnormal, ratio, NEVER)
+            self.peak, self.onset = score, began
             return
-        self.onset = torch.where(abnormal & ~self.abnormal, ratio, self.onset)
-        self.peak, self.abnormal = torch.maximum(self.peak, score), self.abnormal | abnormal
+        self.onset = torch.where(self.onset > NEVER, self.onset, began)
+        self.peak = torch.maximum(self.peak, score)
 
     def findings(self, frames_per_sample: int = 1) -> Findings | None:
         """The regions of the window so far; None if nothing could be compared."""
         if self.peak is None:
             return None
-        suspected = bool(self.abnormal.any())
-        regions = keep_regions(self.abnormal, self.options) if suspected else self.abnormal
+        abnormal = self.onset > NEVER
+        suspected = bool(abnormal.any())
+        regions = keep_regions(abnormal, self.options) if suspected else abnormal
         return Findings(regions, self.peak, self.onset, suspected)
 
 

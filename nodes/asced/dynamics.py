@@ -22,6 +22,7 @@ and other images.
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ from ...kernels.robust_threshold import (
 )
 from ...kernels.score_dynamics import bend_map, change_maps, change_speed
 from ..latents import pixels
-from .detector import Detector, Findings, keep_regions
+from .detector import NEVER, Detector, Findings, keep_regions
 from .estimate import Estimate
 from .options import AscedOptions
 
@@ -61,18 +62,22 @@ LEAST_STEP = 0.09
 """Estimates closer than this in ln(b / a) are compared as one step, so that 200 steps show what 25 steps show."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Move:
-    """A change of the clean estimate: velocity V_t (F, C, H, W), length in ln(b / a), noise ratio where it began."""
+    """A change of the clean estimate D (F, C, H, W): from, to, length in ln(b / a), noise ratio where it began."""
 
-    velocity: torch.Tensor
+    start: torch.Tensor
+    end: torch.Tensor
     length: float
     ratio: float
-    before: torch.Tensor | None = None
+
+    def velocity(self) -> torch.Tensor:
+        """V_t (F, C, H, W). Taken anew where it is asked for: the estimates are there anyway, and it would be two more."""
+        return (self.end - self.start) / self.length
 
 
 class DynamicsDetector(Detector):
-    """See the module. State: two velocities, up to four estimates and the running maps, whatever the number of steps."""
+    """See the module. State: up to four estimates and the running maps, whatever the number of steps."""
 
     auto_window = (8.0, 1.6)
     lead = 2
@@ -85,7 +90,7 @@ class DynamicsDetector(Detector):
         self.thinnest = max(THINNEST, pixels(options.min_width, shorter_side)) if options.min_width > 0 else 1
         self.gap = pixels(GAP, shorter_side, 1)
         self.past: list[tuple[float, torch.Tensor]] = []
-        self.move: Move | None = None
+        self.moves: deque[Move] = deque(maxlen=2)
         self.valid: torch.Tensor | None = None
         self.burst: torch.Tensor | None = None
         self.burst_at: torch.Tensor | None = None
@@ -107,13 +112,14 @@ class DynamicsDetector(Detector):
         if length < LEAST_STEP:
             return
         self.valid = valid
-        velocity = (current.denoised.float() - denoised) / length
+        move = Move(denoised, current.denoised.float(), length, math.exp(position))
+        velocity = move.velocity()
         self.gather(velocity, position, current)
-        if self.move is not None:
-            self._burst(self.move, velocity)
-        self.past.append((current.position, current.denoised.float()))
+        if self.moves:
+            self._burst(velocity)
+        self.moves.append(move)
+        self.past.append((current.position, move.end))
         self._straggler()
-        self.move = Move(velocity, length, math.exp(position), None if self.move is None else self.move.velocity)
 
     def gather(self, velocity: torch.Tensor, start: float, current: Estimate) -> None:
         """For detectors that look at more: told of every change, V_t (F, C, H, W), ln(b / a) where it began, where it led."""
@@ -137,9 +143,9 @@ class DynamicsDetector(Detector):
 
     def conclude(self) -> None:
         """The window is over: judge its last change, known from one side only, and take in the bursts."""
-        if self.move is not None and self.move.before is not None:
-            self._burst(self.move, None)
-            self.move = None
+        if len(self.moves) == 2:
+            self._burst(None)
+        self.moves.clear()
         if self.burst is not None:
             self._take_score(self.burst / self._usual_burst(), self.burst_at)
 
@@ -148,16 +154,18 @@ class DynamicsDetector(Detector):
         score = score * self.sensitivity
         if self.valid is not None:
             score = score.masked_fill(~self.valid, 0.0)
-        self.take(score, score > WEAK, ratio)
+        self.take(score, torch.where(score > WEAK, ratio, NEVER))
 
-    def _burst(self, move: Move, after: torch.Tensor | None) -> None:
-        """Judge the change `move` against the one before it and the one after it."""
-        bend = bend_map(move.velocity, move.before, after) * move.length
+    def _burst(self, after: torch.Tensor | None) -> None:
+        """Judge the last change against the one before it and the one after it, whose velocity is `after`."""
+        move, velocity = self.moves[-1], self.moves[-1].velocity()
+        before = self.moves[0].velocity() if len(self.moves) == 2 else None
+        bend = bend_map(velocity, before, after) * move.length
         active = self._active()
         median, mad = median_and_mad(bend, active)
         mad = NORMAL_CONSISTENCY * mad
         self.largest_mad = mad if self.largest_mad is None else torch.maximum(self.largest_mad, mad)
-        speed = move.velocity.abs().amax(dim=1).flatten(1)
+        speed = velocity.abs_().amax(dim=1).flatten(1)
         motion = sample_median(speed, None if active is None else active.flatten(1)) * move.length
         unit = torch.maximum(BURST_MAD_FLOOR * self.largest_mad, BURST_MOTION * motion)
         score = scaled(bend - median[:, None, None], BURST_LIMIT * torch.maximum(unit, mad))

@@ -9,9 +9,10 @@ from ..coordinates import ratio_of
 
 
 class Estimate(NamedTuple):
-    """The noisy sample, the model's clean estimate of it (both (F, C, H, W) frames), and x = a * x0 + b * eps."""
+    """The noisy sample (None where nobody asks for it any more), the model's clean estimate of it (both (F, C, H, W)
+    frames), and x = a * x0 + b * eps."""
 
-    x: torch.Tensor
+    x: torch.Tensor | None
     denoised: torch.Tensor
     a: float
     b: float

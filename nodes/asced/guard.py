@@ -15,7 +15,7 @@ import comfy.model_patcher
 import comfy.samplers
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, add_wrapper_with_key
 
-from ..coordinates import coefficients, ratio_of
+from ..coordinates import coefficients, coefficients_of_all, ratio_of
 from ..latents import FrameLayout, check_latent, mask_to_frames
 from .estimate import Estimate
 from .options import GuardSettings
@@ -241,7 +241,7 @@ class GuardPatch:
         schedule = sigmas.detach().cpu().clone()
         reason = reason_not_to_guard(sampler, model_sampling, schedule.tolist(), layout)
         if reason is None:
-            steps = [coefficients(model_sampling, sigma) for sigma in schedule[:-1]]
+            steps = coefficients_of_all(model_sampling, schedule[:-1])
             ratios = [ratio_of(a, b) for a, b in steps]
             settings = self.settings
             kind = detector_class(settings.options)

@@ -38,7 +38,8 @@ class ModelProbe:
         self.__dict__.update(model=model, known=known, options=options, judge=judge, calls=0, last=None)
 
     def __call__(self, x, sigma, **kwargs):
-        known, self.__dict__["known"] = self.known, None
+        known = self.known
+        self.__dict__.update(known=None, last=None)  # no sample is kept while the model is at work
         if known is not None and kwargs.get("model_options") is self.options and known.fits(x, sigma):
             denoised = known.denoised
         else:

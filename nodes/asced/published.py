@@ -4,7 +4,7 @@ import torch
 
 from ...kernels.robust_threshold import robust_threshold
 from ...kernels.score_dynamics import change_speed
-from .detector import Detector
+from .detector import NEVER, Detector, Findings
 from .estimate import Estimate
 from .options import AscedOptions
 
@@ -13,6 +13,13 @@ SMALLEST_SIGNAL = 1e-3
 
 PUBLISHED_K = 3.0
 """Robust standard deviations above the median that a change has to exceed to be abnormal, at sensitivity 1."""
+
+TOGETHER, TOGETHER_VALUES = 4, 2**22
+"""At most so many changes wait to be judged together, and fewer of latents that hold so many values among them: no more
+memory than that, whatever the number of steps."""
+
+ONE_BY_ONE = ("cpu",)
+"""Where starting an operation costs next to nothing, and what is small stays in the cache: there no change waits."""
 
 
 def blur_sigma(options: AscedOptions, shorter_side: int) -> float:
@@ -26,9 +33,13 @@ class CleanEstimateDetector(Detector):
     Threshold: median + k * 1.4826 * MAD over all pixels and channels of one frame, k = 3 as published. A pixel is
     abnormal if its largest channel exceeds it. Departures: raw floats instead of 8-bit images, no blur across the
     channels, and entries outside `valid` (an inpainting mask) do not count towards median and MAD.
+
+    Changes wait until a few can be judged together. That alters nothing, since each is judged by itself, but on a GPU a
+    step of small latents costs what it takes to start the kernels.
     """
 
     auto_window = (6.0, 3.1)
+    together = TOGETHER
 
     def __init__(
         self, options: AscedOptions, sensitivity: float, shorter_side: int, travel: torch.Tensor | None = None
@@ -37,39 +48,64 @@ class CleanEstimateDetector(Detector):
         self.k = PUBLISHED_K / sensitivity
         self.blur = blur_sigma(options, shorter_side)
         self.limit: torch.Tensor | None = None
+        self.valid: torch.Tensor | None = None
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor, float]] = []
 
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
-        judged = self.judge(previous, current, valid)
-        self.limit = None
-        if judged is not None:
-            abnormal, self.limit, score = judged
-            self.take(score, abnormal, previous.ratio)
+        self.valid, self.limit = valid, None
+        before, after = self.quantity(previous), self.quantity(current)
+        if before is None or after is None:
+            return
+        self.waiting.append((before, after, previous.ratio))
+        if len(self.waiting) >= min(self.together, how_many_together(after)):
+            self.judge()
 
     def change_limit(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> torch.Tensor | None:
+        self.judge()
         return self.limit
 
-    def change(self, previous: Estimate, current: Estimate) -> torch.Tensor | None:
-        """Smoothed change between two estimates, (F, C, H, W) float32, or None where it cannot be told."""
-        return change_speed(current.denoised, previous.denoised, self.blur)
+    def findings(self, frames_per_sample: int = 1) -> Findings | None:
+        self.judge()
+        return super().findings(frames_per_sample)
+
+    def quantity(self, estimate: Estimate) -> torch.Tensor | None:
+        """What is compared between steps, (F, C, H, W), or None where it cannot be told."""
+        return estimate.denoised
 
     def threshold(self, change: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         """Threshold of each frame, (F,), from its own change (F, C, H, W). To be asked once for each step."""
         return robust_threshold(change, self.k, None if valid is None else valid[:, None])
 
-    def judge(
-        self, previous: Estimate, current: Estimate, valid: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Abnormal pixels (F, H, W) bool, the threshold they exceed (F,), and the change in units of it (F, H, W).
-
-        A pixel whose value is NaN is not abnormal. None: the step tells nothing.
-        """
-        change = self.change(previous, current)
-        if change is None:
-            return None
-        threshold = self.threshold(change, valid)
-        largest, limit = change.amax(dim=1), threshold[:, None, None]
+    def judge(self) -> None:
+        """Judge all changes that wait. Score: the largest channel in units of the threshold. NaN is not abnormal."""
+        if not self.waiting:
+            return
+        befores, afters, ratios = zip(*self.waiting)
+        self.waiting = []
+        steps = len(ratios)
+        valid = self.valid if self.valid is None or steps == 1 else self.valid.repeat(steps, 1, 1)
+        change = change_speed(joined(afters), joined(befores), self.blur)
+        threshold, largest = self.threshold(change, valid), change.amax(dim=1)
+        limit = threshold[:, None, None]
         abnormal = largest > limit
-        return (abnormal if valid is None else abnormal & valid), threshold, largest / limit
+        if valid is not None:
+            abnormal &= valid
+        began = NEVER
+        for ratio, where in zip(ratios[::-1], abnormal.chunk(steps)[::-1]):
+            began = torch.where(where, ratio, began)
+        score = largest.div_(limit)
+        self.take(score if steps == 1 else score.unflatten(0, (steps, -1)).amax(dim=0), began)
+        self.limit = threshold.chunk(steps)[-1]
+
+
+def joined(frames: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The frames of several steps, (S * F, C, H, W), as one batch."""
+    return frames[0] if len(frames) == 1 else torch.cat(frames)
+
+
+def how_many_together(frames: torch.Tensor) -> int:
+    """How many changes of such frames (F, C, H, W) are judged at once."""
+    return 1 if frames.device.type in ONE_BY_ONE else min(TOGETHER, max(1, TOGETHER_VALUES // frames.numel()))
 
 
 class WeightedScoreDetector(CleanEstimateDetector):
@@ -79,8 +115,11 @@ class WeightedScoreDetector(CleanEstimateDetector):
     as it stands: the MAD is scaled to a standard deviation and by k, since one bare MAD flags half of all pixels; the
     bank holds the changes of the window so far, since against the scores themselves, whose size is that of the noise,
     nothing is ever abnormal; and the change is smoothed as in the released code, since in stochastic samplers most of
-    it is fresh noise.
+    it is fresh noise. So each change is judged after the one before it, by itself.
     """
+
+    together = 1
+    of_sample = True
 
     def __init__(
         self, options: AscedOptions, sensitivity: float, shorter_side: int, travel: torch.Tensor | None = None
@@ -89,11 +128,10 @@ class WeightedScoreDetector(CleanEstimateDetector):
         self.bank_sum = 0.0
         self.bank_count = 0
 
-    def change(self, previous: Estimate, current: Estimate) -> torch.Tensor | None:
-        if min(previous.a, current.a) < SMALLEST_SIGNAL:
+    def quantity(self, estimate: Estimate) -> torch.Tensor | None:
+        if estimate.a < SMALLEST_SIGNAL:
             return None
-        scores = [estimate.denoised.float() - estimate.x.float() / estimate.a for estimate in (previous, current)]
-        return change_speed(scores[1], scores[0], self.blur)
+        return estimate.denoised.float() - estimate.x.float() / estimate.a
 
     def threshold(self, change: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         weight = torch.ones_like(change) if valid is None else valid[:, None].expand_as(change).float()

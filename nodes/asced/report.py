@@ -65,12 +65,15 @@ class RunRecord:
     def add_speed(self, ratio: float, length: float, speed: torch.Tensor) -> None:
         """Take in |change of the clean estimate| at a step, mean over channels: (F, H, W), latent units per step.
 
+        The map is kept at half precision, for the curves alone: three digits of what is then averaged over pixels.
+
         ratio: b / a at the step. length: how far ln(b / a) fell since the step before; inf from pure noise.
         """
-        height, width = (min(CURVE_PIXELS, side) for side in speed.shape[-2:])
+        size = tuple(min(CURVE_PIXELS, side) for side in speed.shape[-2:])
         self.speed_ratios.append(ratio)
         self.speed_lengths.append(length)
-        self.speed_maps.append(F.adaptive_avg_pool2d(speed[:, None], (height, width))[:, 0])
+        small = speed if size == speed.shape[-2:] else F.adaptive_avg_pool2d(speed, size)
+        self.speed_maps.append(small.half())
 
     def add_findings(self, findings: Findings) -> None:
         """Take in what a round found."""
@@ -97,7 +100,7 @@ class RunRecord:
 
     def close(self, output: torch.Tensor) -> None:
         """The run is over: bring everything to the CPU and remember what its output looks like."""
-        self.speed_maps = [m.cpu() for m in self.speed_maps]
+        self.speed_maps = [m.cpu().float() for m in self.speed_maps]
         if self.layout is not None:
             height, width = self.layout.size
             empty = torch.zeros(self.layout.batch * self.layout.frames_per_sample, height, width, dtype=torch.bool)

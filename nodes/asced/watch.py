@@ -88,6 +88,7 @@ class Watch:
         self.done = False
         self.decided = False
         self.round = 0
+        self.of_sample = detector_class(settings.options).of_sample
         self.previous: Estimate | None = None
         self.repair: Repair | None = None
         self.window = record.window
@@ -98,10 +99,13 @@ class Watch:
         options = self.settings.options
         travel = None if self.detector is None else self.detector.travel
         self.detector = detector_class(options)(options, self.settings.sensitivity, min(self.layout.size), travel)
+        self._forget_window()
+
+    def _forget_window(self) -> None:
         self.entered = False
         self.before_window: torch.Tensor | None = None
         self.clipped: torch.Tensor | None = None
-        self.recent: deque[torch.Tensor] = deque(maxlen=options.reverse_step)
+        self.recent: deque[torch.Tensor] = deque(maxlen=self.settings.options.reverse_step)
 
     def give_up(self, reason: str) -> None:
         """Stop watching this run and say why in the report."""
@@ -122,7 +126,7 @@ class Watch:
                 round ends a little before the planned step rather than far behind it.
         """
         now = estimate._replace(x=self.layout.frames(estimate.x), denoised=self.layout.frames(estimate.denoised))
-        previous, self.previous = self.previous, now
+        previous, self.previous = self.previous, now if self.of_sample else now._replace(x=None)
         if previous is not None:
             if abs(previous.b * now.a - now.b * previous.a) <= SAME_STEP * now.b * previous.a:
                 return None
@@ -202,13 +206,16 @@ class Watch:
         return surroundings(now, mask, UNIT_PUSH * strength, seed)
 
     def _plan_next_round(self) -> None:
-        """Watch the steps that follow if another round is wanted and two steps remain after it."""
+        """Watch the steps that follow if another round is wanted and two steps remain after it; else keep no more of them."""
         self.round += 1
         self.decided = True
         following = self.window.following(len(self.record.ratios))
         if self.round < self.settings.options.rounds and following is not None:
             self.window, self.decided = following, False
             self._begin_round()
+        else:
+            self.detector = None
+            self._forget_window()
 
     @property
     def unverified(self) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ by itself.
 import torch
 
 from .levels import LOG_SNR_RANGE, alpha_and_variance
-from .posterior import Posterior, averaged_terms, mean_product, mean_square, noisier_of
+from .posterior import Posterior, mean_product, mean_square, noisier_of, terms_of
 
 COARSE, NODES = 256, 65
 """Levels among which the likeliest is looked for, and levels around it at which an energy's posterior is kept."""
@@ -17,8 +17,8 @@ class EnergyGrid:
     """The levels among which an energy's posterior is looked for, and all that it needs of them, made once a run.
 
     Found on a coarse grid over all levels, kept on a fine one around the coarse level that was found, as wide as four of its
-    standard deviations, sqrt(2 / n) in ln v. Tables hold the terms of both: each operation is a launch on a GPU, and a
-    sample is judged twice at every step of a run.
+    standard deviations, sqrt(2 / n) in ln v. Tables hold what both need, since each operation is a launch on a GPU and a
+    sample is judged twice at every step of a run; but of the fine levels, which are many, no more than four terms.
 
     Args:
         noisiest: the lowest log-SNR that a sample can have.
@@ -29,14 +29,13 @@ class EnergyGrid:
         self.dimensions = dimensions
         coarse = torch.linspace(noisiest, LOG_SNR_RANGE[1], COARSE, device=device)
         alpha, v = alpha_and_variance(coarse[None])
-        self.of_coarse = -2.0 * alpha, alpha.square(), v.reciprocal(), v.log()
+        self.of_coarse = alpha, alpha.square(), v.reciprocal(), v.log()
         half = 4.0 * (2.0 / max(dimensions, 1.0)) ** 0.5 / torch.sigmoid(coarse)
         half = half.clamp_min(2.0 * (LOG_SNR_RANGE[1] - noisiest) / (COARSE - 1))
         around = torch.linspace(-1.0, 1.0, NODES, device=device)
         levels = (coarse[:, None] + half[:, None] * around).clamp(noisiest, LOG_SNR_RANGE[1])
-        alpha = alpha_and_variance(levels)[0]
-        energies = torch.stack([levels, -2.0 * alpha, alpha.square()], dim=1)
-        self.of_fine = torch.cat([energies, averaged_terms(levels)], dim=1)
+        alpha, v = alpha_and_variance(levels)
+        self.of_fine = torch.stack([levels, alpha, v.reciprocal(), v.log()], dim=1)
 
     def posterior(self, of_u: torch.Tensor, across: torch.Tensor, of_anchor: torch.Tensor) -> Posterior:
         """p(level | u) from the mean squares of u and of the anchor and from the mean of their product, each (B,).
@@ -45,15 +44,15 @@ class EnergyGrid:
         """
         means = of_u[:, None], across[:, None], of_anchor[:, None]
         chosen = self.of_fine[minus_log_likelihood(*means, *self.of_coarse).argmin(dim=1)]
-        levels, minus_two_alpha, alpha_squared, precision, log_v = chosen.unbind(1)[:5]
-        unlikely = minus_log_likelihood(*means, minus_two_alpha, alpha_squared, precision, log_v)
+        levels, alpha, precision, log_v = chosen.unbind(1)
+        unlikely = minus_log_likelihood(*means, alpha, alpha.square(), precision, log_v)
         gamma = (unlikely * (-0.5 * self.dimensions)).nan_to_num(-1e30).softmax(dim=1)
-        return Posterior.of(levels, gamma, chosen[:, 3:])
+        return Posterior.of(levels, gamma, terms_of(alpha, precision, log_v))
 
 
-def minus_log_likelihood(of_u, across, of_anchor, minus_two_alpha, alpha_squared, precision, log_v) -> torch.Tensor:
+def minus_log_likelihood(of_u, across, of_anchor, alpha, alpha_squared, precision, log_v) -> torch.Tensor:
     """ln v + |u - alpha * anchor|^2 / (n v) (B, K), of means (B, 1) and of terms of levels (B or 1, K)."""
-    energy = torch.addcmul(torch.addcmul(of_u, minus_two_alpha, across), alpha_squared, of_anchor)
+    energy = torch.addcmul(torch.addcmul(of_u, alpha, across, value=-2.0), alpha_squared, of_anchor)
     return torch.addcmul(log_v, energy.clamp_min(0.0), precision)
 
 

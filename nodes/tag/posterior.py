@@ -11,15 +11,20 @@ import torch
 
 from .levels import alpha_and_variance
 
+
 def averaged_terms(levels: torch.Tensor) -> torch.Tensor:
     """What guidance needs the posterior means of, (B, 5, K) of levels (B, K): 1 / v, ln v, d, d^2 and alpha / v.
 
     d is ln v from the middle level's on: a variance taken from d and d^2 loses no digits.
     """
     alpha, v = alpha_and_variance(levels)
-    log_v = v.log()
-    d = log_v - log_v[:, levels.shape[1] // 2, None]
-    return torch.stack([v.reciprocal(), log_v, d, d.square(), alpha / v], dim=1)
+    return terms_of(alpha, v.reciprocal(), v.log())
+
+
+def terms_of(alpha: torch.Tensor, precision: torch.Tensor, log_v: torch.Tensor) -> torch.Tensor:
+    """averaged_terms of levels whose alpha, 1 / v and ln v, each (B, K), are at hand."""
+    d = log_v - log_v[:, log_v.shape[1] // 2, None]
+    return torch.stack([precision, log_v, d, d.square(), alpha * precision], dim=1)
 
 
 @dataclass(frozen=True)

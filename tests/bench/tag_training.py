@@ -16,7 +16,7 @@ from .train_time_predictor import LATEST, exact_gap, gap, new, training_data
 ROUNDS = 3
 """Times the node runs, each going on with the predictor of the one before."""
 
-DRAWS, DRAWS_CPU = 4096, 1024
+DRAWS = 4096
 GOAL = 1.2
 
 
@@ -39,8 +39,8 @@ def trained(model, frames: torch.Tensor, conditioning: list | None, rounds: int)
         yield predictor, seconds
 
 
-def told(predictor, seconds: float, model, test, exact: dict[float, float], draws: int) -> dict:
-    found = {latest: gap(predictor, model, test, latest, draws) for latest in LATEST}
+def told(predictor, seconds: float, model, test, exact: dict[float, float]) -> dict:
+    found = {latest: gap(predictor, model, test, latest, DRAWS) for latest in LATEST}
     return {"steps": predictor.steps, "seconds": round(seconds, 1), "gap": found,
             "over_exact": {latest: round(found[latest] / exact[latest], 3) for latest in LATEST}}
 
@@ -52,16 +52,16 @@ def run(pack, output, data, rounds: int | None = None) -> dict:
     model, _ = demo_model.load_demo_model()
     train, test = training_data(demo_model, data)
     on_gpu = torch.cuda.is_available()
-    rounds, draws = rounds or (ROUNDS if on_gpu else 1), DRAWS if on_gpu else DRAWS_CPU
+    rounds = rounds or (ROUNDS if on_gpu else 1)
     like_shipped = new(model, test, 0)
-    exact = {latest: exact_gap(like_shipped, model, test, latest, draws) for latest in LATEST}
-    figures = {"goal": GOAL, "defaults": defaults(), "draws": draws, "exact": exact}
+    exact = {latest: exact_gap(like_shipped, model, test, latest, DRAWS) for latest in LATEST}
+    figures = {"goal": GOAL, "defaults": defaults(), "draws": DRAWS, "exact": exact}
     for case in ("unconditional", "conditional"):
         conditioning = [[train.conditions[:, None], {}]] if case == "conditional" else None
         asked = test if case == "conditional" else TrainingData(test.frames)
         rows = figures[case] = []
         for predictor, seconds in trained(model, train.frames, conditioning, rounds):
-            rows.append(told(predictor, seconds, model, asked, exact, draws))
+            rows.append(told(predictor, seconds, model, asked, exact))
             print(case, rows[-1], flush=True)
         reached = [row for row in rows if row["over_exact"][LATEST[0]] <= GOAL]
         figures[f"{case}: seconds to the goal"] = reached[0]["seconds"] if reached else None

@@ -88,7 +88,7 @@ def test_training_is_timed_with_the_nodes_defaults(monkeypatch):
     monkeypatch.setattr(tag_training, "training_data", lambda *_: (data, data))
     monkeypatch.setattr(train_time_predictor, "EXACT_IMAGES", 40)
     monkeypatch.setattr(tag_training, "defaults", lambda: {"steps": 2, "batch_size": 4, "learning_rate": 1e-4, "seed": 0})
-    monkeypatch.setattr(tag_training, "DRAWS_CPU", 8)
+    monkeypatch.setattr(tag_training, "DRAWS", 8)
     figures = tag_training.run(artifact_guard, None, None, rounds=2)
     for case in ("unconditional", "conditional"):
         assert [row["steps"] for row in figures[case]] == [2, 4]

@@ -10,7 +10,7 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from artifact_guard.nodes.coordinates import coefficients
+from artifact_guard.nodes.coordinates import coefficients, coefficients_of_all
 from artifact_guard.nodes.demo.model import load_demo_model
 
 from tests.small_models import small_model
@@ -28,6 +28,13 @@ SIZE = 32
 def noise_ratio(sampling, sigma) -> float:
     a, b = coefficients(sampling, sigma)
     return b / max(a, 1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_coefficients_of_a_schedule_are_those_of_its_sigmas(family):
+    sampling = small_model(family).model.get_model_object("model_sampling")
+    sigmas = torch.linspace(float(sampling.sigma_min), float(sampling.sigma_max), 7)
+    assert coefficients_of_all(sampling, sigmas) == [coefficients(sampling, sigma) for sigma in sigmas]
 
 
 def sigma_at(sampling, ratio: float) -> float:

@@ -123,8 +123,8 @@ def test_shipped_predictor_is_listed_and_fits_the_demo_model():
 
 
 @pytest.mark.parametrize("reads, message", [
-    (1, "is of version 2, this pack reads 1. Update the pack"),
-    (3, "is of version 2, this pack reads 3. Its network is no longer used: train and save a new one"),
+    (2, "is of version 3, this pack reads 2. Update the pack"),
+    (4, "is of version 3, this pack reads 4. Its network is no longer used: train and save a new one"),
 ])
 def test_another_version_is_refused(folder, monkeypatch, reads, message):
     path = saved(folder)

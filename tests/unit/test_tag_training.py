@@ -7,10 +7,12 @@ import torch
 from artifact_guard.nodes.demo.model import load_demo_model
 from artifact_guard.nodes.tag import train_node
 from artifact_guard.nodes.tag.compatibility import kind_of
-from artifact_guard.nodes.tag.levels import Schedule
-from artifact_guard.nodes.tag.predictor import TimeNetwork, build_network, cosine_filters, initial_weights
+from artifact_guard.nodes.tag.levels import Schedule, alpha_and_variance
+from artifact_guard.nodes.tag.predictor import (
+    PER_CHANNEL, TimeNetwork, build_network, cosine_filters, evening_map, initial_weights,
+)
 from artifact_guard.nodes.tag.schema import TAGTrainTimePredictor
-from artifact_guard.nodes.tag.training import TrainingData, held_out_time_gap, noised, shared_between_classes
+from artifact_guard.nodes.tag.training import TrainingData, held_out_time_gap, log_posterior, noised, shared_between_classes
 
 from tests.exact.denoiser import ExactDenoiser
 from tests.exact.model import conditioning, exact_model
@@ -53,15 +55,55 @@ def test_network_takes_any_size_and_channels(shape):
 
 def test_network_is_small():
     """As the help page says, whatever the image's size."""
-    assert sum(parameter.numel() for parameter in TimeNetwork(3).parameters()) == 221_908
+    assert sum(parameter.numel() for parameter in TimeNetwork(3).parameters()) == 235_075
 
 
 def test_filters_are_orthonormal_and_noise_is_the_same_at_every_scale():
     filters = cosine_filters().flatten(1)
     assert torch.allclose(filters @ filters.T, torch.eye(9), atol=1e-6)
     noise = torch.randn(4, 4, 128, 128, generator=torch.Generator().manual_seed(0))
-    energies = torch.stack(build_network(initial_weights(4, 8, 0, 0), 4, 8, 0).energies(noise))
-    assert energies.shape == (3, 4, 36) and (energies.mean(dim=(1, 2)) - 1.5).abs().max() < 0.01
+    energies = build_network(initial_weights(4, 8, 0, 0), 4, 8, 0).energies(noise)
+    assert energies.shape == (4, 4 * PER_CHANNEL)
+    flattest = slice(40, 48)
+    of_scales = torch.cat([energies[:, :40], energies[:, 48:]], dim=1).unflatten(1, (3, 40))
+    assert of_scales.mean(dim=(0, 2)).abs().max() < 0.01
+    wanted = 0.5 * torch.tensor([8 / 6, 64 / 24]).log().repeat_interleave(4)
+    assert (energies[:, flattest].mean(dim=0) - wanted).abs().max() < 0.05, "1 / w, 1 / w^2 of chi-squared of 8, over 8"
+
+
+def test_flattest_windows_tell_the_noise_whatever_the_rest_of_the_picture():
+    """A quarter of strong stripes: mean squares see them, the quotient of the two means does not."""
+    random = torch.Generator().manual_seed(0)
+    noise = 0.1 * torch.randn(8, 1, 64, 64, generator=random)
+    striped = noise.clone()
+    striped[..., :16] += torch.where(torch.arange(16) % 2 == 0, 1.0, -1.0)
+    network = build_network(initial_weights(1, 8, 0, 0), 1, 8, 0)
+    bare, other = (network.energies(u).mean(dim=0) for u in (noise, striped))
+    assert (other[:10] - bare[:10]).max() > 1
+    assert ((other[11] - other[10]) - (bare[11] - bare[10])).abs() < 0.02
+
+
+def test_evening_turns_energies_to_axes_of_lesser_unevenness():
+    """Uncorrelated, about 0, in order, of variance spread^(1 - 2 * 0.2)."""
+    random = torch.Generator().manual_seed(0)
+    common, own = torch.randn(500, 1, generator=random), torch.randn(500, 6, generator=random)
+    energies = 3.0 + 2.0 * common + 0.05 * own
+    weight, bias = evening_map(energies, 4)
+    even = energies @ weight.T + bias
+    covariance = even.T @ even / len(even)
+    spread = torch.linalg.eigvalsh(torch.cov(energies.T, correction=0)).flip(0)[:4]
+    assert weight.shape == (4, 6) and even.mean(dim=0).abs().max() < 1e-4
+    assert torch.allclose(covariance, torch.diag(spread ** 0.6), atol=1e-3)
+
+
+def test_training_evens_the_energies_once():
+    work = trainer(fresh_predictor(model()))
+    steps(work, 2)
+    begun, later = (weights(p)["even.weight"] for p in (fresh_predictor(model()), work.result()))
+    assert torch.equal(begun, torch.eye(96)) and not torch.equal(later, begun)
+    other = trainer(work.result(), frames=images(5))
+    steps(other, 2)
+    assert torch.equal(weights(other.result())["even.weight"], later)
 
 
 def test_a_condition_changes_the_answer_and_none_is_none():
@@ -99,12 +141,26 @@ def test_held_out_gap_of_a_perfect_judge_is_its_grid():
 
 def test_noised_frames_lie_at_their_class():
     levels = torch.linspace(-4, 6, 11)
-    u, position = noised(torch.zeros(2000, 1, 4, 4), levels, torch.Generator().manual_seed(0))
-    labels = position.round().long()
+    u, level = noised(torch.zeros(2000, 1, 4, 4), levels, torch.Generator().manual_seed(0))
+    labels = (level - levels[0]).round().long()
     assert labels.min() == 0 and labels.max() == 10
     for label in (2, 5, 8):
         variance = u[labels == label].var().item()
         assert variance == pytest.approx(torch.sigmoid(-levels[label]).item(), rel=0.15)
+
+
+def test_log_posterior_is_the_gaussian_density_of_each_level():
+    levels, level = torch.linspace(-5, 7, 9), torch.tensor([-5.0, 0.3, 6.8])
+    frames, noise = images(3), torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    alpha, variance = (value.reshape(-1, 1, 1, 1) for value in alpha_and_variance(level))
+    u = alpha * frames + variance.sqrt() * noise
+    found = log_posterior(u, frames, level, levels).log_softmax(dim=1)
+    densities = []
+    for at in levels.double():
+        a, v = alpha_and_variance(at)
+        densities.append(torch.distributions.Normal(a * frames.double(), v.sqrt()).log_prob(u.double()).sum(dim=(1, 2, 3)))
+    wanted = torch.stack(densities, dim=1).log_softmax(dim=1)
+    assert torch.allclose(found.double(), wanted, rtol=1e-4, atol=0.01)
 
 
 def test_targets_are_shared_by_the_two_nearest_classes():

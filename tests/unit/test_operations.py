@@ -1,0 +1,128 @@
+"""How many kernels the published rule starts on a GPU: small latents cost what it takes to start them."""
+
+from collections import Counter
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from artifact_guard.kernels import dispatch, robust_threshold
+from artifact_guard.nodes.asced import published as rule
+from artifact_guard.nodes.asced.estimate import Estimate
+from artifact_guard.nodes.asced.options import AscedOptions
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.bench.detection_cost import SIDE, WINDOW, trajectories
+from tests.quality import published
+
+STARTS = {"change_speed": 2, "median_and_mad": 1, "label_regions": 4}
+"""Kernels that a Triton form starts, what it makes before them included."""
+
+MOST_STARTS = 75
+"""For a window of 10 steps, regions and all. 154 before changes were judged together; 71 were counted since."""
+
+
+class Starts(TorchDispatchMode):
+    """Counts the operations that would start a kernel on a GPU: no views, no bare memory."""
+
+    NONE = {"empty", "empty_like", "new_empty", "lift_fresh", "detach", "_local_scalar_dense", "is_nonzero"}
+
+    def __init__(self):
+        super().__init__()
+        self.counted, self.paused = Counter(), False
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.overloadpacket.__name__
+        if not (self.paused or function.is_view or name in self.NONE):
+            self.counted[name] += 2 if "pad" in name else 1
+        return function(*arguments, **(keywords or {}))
+
+    def form(self, name):
+        """Stands in for the Triton form of a kernel: gives what its reference gives, and counts what it would start."""
+
+        def run(*arguments):
+            self.paused = True
+            try:
+                return dispatch.KERNELS[name].reference(*arguments)
+            finally:
+                self.paused = False
+                self.counted[name] += STARTS[name]
+
+        return run
+
+
+def starts_of(work):
+    """Kernels that `work` would start on a GPU with Triton, and what it gives."""
+    starts = Starts()
+    forms = SimpleNamespace(**{name: starts.form(name) for name in STARTS})
+    with (
+        mock.patch.object(dispatch, "obstacle", lambda tensors, dtypes, unfit: unfit and unfit(tensors)),
+        mock.patch.object(dispatch.importlib, "import_module", lambda *_: forms),
+        mock.patch.object(robust_threshold, "NUMPY_DEVICES", ()), mock.patch.object(rule, "ONE_BY_ONE", ()),
+        torch.inference_mode(), starts,
+    ):
+        result = work()
+    return starts.counted, result
+
+
+def estimates_of(steps):
+    return [Estimate(2 * x, x, 1.0, 8 * 0.85**n) for n, x in enumerate(steps)]
+
+
+def detector_after(estimates, kind=rule.CleanEstimateDetector, valid=None):
+    """A detector that has seen these estimates, and how many changes waited after each."""
+    detector, waiting = kind(AscedOptions(), 1.0, min(estimates[0].denoised.shape[-2:])), []
+    for pair in zip(estimates, estimates[1:]):
+        detector.observe(*pair, valid)
+        waiting.append(len(detector.waiting))
+    return detector, waiting
+
+
+def test_published_rule_starts_few_kernels():
+    """8 images of 128x128 latents, a window of 10 steps: masks are the numpy rule's, and a GPU has little to start."""
+    steps = trajectories(0)
+    estimates = estimates_of(steps)
+    counted, regions = starts_of(lambda: detector_after(estimates)[0].findings().regions)
+    wanted = published.detect(torch.stack(steps).numpy())
+    assert len(steps) == WINDOW and wanted.any() and (regions.numpy() == wanted).all()
+    assert {name: counted[name] for name in STARTS} == {"change_speed": 6, "median_and_mad": 3, "label_regions": 4}
+    assert sum(counted.values()) <= MOST_STARTS, counted
+
+
+@pytest.mark.parametrize("kind", [rule.CleanEstimateDetector, rule.WeightedScoreDetector])
+@pytest.mark.parametrize("masked", [False, True])
+def test_waiting_changes_nothing(kind, masked, monkeypatch):
+    """Changes judged together give, bit for bit, what they give one by one: scores, onsets and regions."""
+    steps = [x[:3, :, :64, :64].clone() for x in trajectories(1)]
+    steps[4][1, 0, 5, 5] = torch.nan
+    valid = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) < 0.8 if masked else None
+    estimates = estimates_of(steps)
+    alone = detector_after(estimates, kind, valid)[0].findings()
+    monkeypatch.setattr(rule, "ONE_BY_ONE", ())
+    together = detector_after(estimates, kind, valid)[0].findings()
+    assert alone.suspected and len(alone.onset.unique()) > 3
+    for one, other in zip(alone, together):
+        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=0, atol=0, equal_nan=True)
+
+
+def test_few_changes_wait(monkeypatch):
+    """However many steps: a few, fewer of large latents, and none on a CPU."""
+    steps = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(n)) for n in range(30)]
+    estimates = estimates_of(steps)
+    assert not any(detector_after(estimates)[1])
+    monkeypatch.setattr(rule, "ONE_BY_ONE", ())
+    assert max(detector_after(estimates)[1]) == rule.TOGETHER - 1
+    monkeypatch.setattr(rule, "TOGETHER_VALUES", 2 * steps[0].numel())
+    assert max(detector_after(estimates)[1]) == 1
+
+
+def test_a_limit_that_is_asked_for_is_that_of_the_step(monkeypatch):
+    """Score clipping needs each step's limit at once: then nothing waits."""
+    estimates = estimates_of([x[:2] for x in trajectories(2)])
+    monkeypatch.setattr(rule, "ONE_BY_ONE", ())
+    detector = rule.CleanEstimateDetector(AscedOptions(), 1.0, SIDE)
+    for previous, current in zip(estimates, estimates[1:]):
+        detector.observe(previous, current, None)
+        limit = detector.change_limit(previous, current, None)
+        change = rule.change_speed(current.denoised, previous.denoised, detector.blur)
+        assert torch.equal(limit, rule.robust_threshold(change, detector.k)) and not detector.waiting
