@@ -28,8 +28,6 @@ DEMO, EXACT = range(60), (*range(600), *range(600, 1000, 2))
 """Numbers of the batches of 32: the demo model and exact denoisers."""
 COARSE = 4
 """Every how manyth batch of an exact denoiser is one of few steps or pictures."""
-WINDOW = (8.0, 1.6)
-"""Noise ratios of the windows that it is fitted on. The detector's own end at 1.3, which was found to be better afterwards."""
 WIDTH, STEPS, BATCH, RATE = 16, 4500, 32, 5e-3
 LOST, TRAPPED, DICE = 0.25, 1.5, 0.2
 """Weight of a pixel where a trap stood and lost, of one in a trap that holds, and of the Dice loss beside cross-entropy."""
@@ -51,7 +49,7 @@ def collected(pack, folder: Path, data: Path | None, cifar: Path) -> list[dict]:
                 pictures = pictures or Pictures(data, cifar)
                 coarse = number % COARSE == COARSE - 1
                 run = exact_run(number, pictures, coarse) if kind == "exact" else demo_run(number, pack.nodes.demo.model)
-                maps = watched(LearnedDetector, run.pop("estimates"), run.pop("ratios"), WINDOW).maps()
+                maps = watched(LearnedDetector, run.pop("estimates"), run.pop("ratios")).maps()
                 torch.save({**run, "maps": None if maps is None else maps.half()}, path)
                 print(f"{path.name}: {run['set']}, {run['what']}", flush=True)
             batches.append(torch.load(path))

@@ -187,8 +187,8 @@ def demo_run(number: int, demo_model) -> dict:
     }
 
 
-def watched(kind, estimates: list, ratios: list[float], between: tuple[float, float] | None = None):
-    """A detector of this kind that has seen such a run to the end of the window, its own or one between noise ratios."""
+def watched(kind, estimates: list, ratios: list[float]):
+    """A detector of this kind that has seen such a run to the end of the window, as the guard shows it."""
     from artifact_guard.kernels.score_dynamics import change_maps
     from artifact_guard.nodes.asced.estimate import Estimate
     from artifact_guard.nodes.asced.options import AscedOptions
@@ -196,7 +196,7 @@ def watched(kind, estimates: list, ratios: list[float], between: tuple[float, fl
 
     detector = kind(AscedOptions(), 1.0, min(estimates[0].shape[-2:]))
     schedule = [*ratios, 0.0, 0.0]  # the run was left early: more steps follow
-    window = plan_window(schedule, "auto", 0.0, 0.0, between or detector.auto_window, detector.lead)
+    window = plan_window(schedule, "auto", 0.0, 0.0, detector.auto_window, detector.lead)
     seen = [Estimate(x, x.float(), *((1.0, r) if r < float("inf") else (0.0, 1.0))) for x, r in zip(estimates, ratios)]
     for step, (previous, now) in enumerate(zip(seen[:window.correct_at], seen[1:]), start=1):
         if step > window.detect_from:
