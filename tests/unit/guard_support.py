@@ -12,6 +12,7 @@ import comfy.samplers
 import nodes as core_nodes
 import torch
 import tqdm
+from artifact_guard.nodes.asced.options import AscedOptions
 from artifact_guard.nodes.asced.schema import ASCEDGuard, ASCEDOptions
 from comfy_extras import nodes_custom_sampler as custom
 
@@ -30,10 +31,9 @@ TRAP_AT = 6.5
 """b / a at which the trap springs: within the window that `auto` chooses for 12 steps of any of the models."""
 SQUARE = (slice(8, 14), slice(12, 18))
 ELSEWHERE = (slice(2, 7), slice(1, 6))
-SENSITIVITY = 0.2
-"""At this the detectors find the trap and nothing else with every sampler. The default one needs it for few steps of samplers
-that add noise: in 12, on these 120 pictures, which decide themselves abruptly, clean samples have scores up to 4.0 with lcm
-(flow), 3.3 with sa_solver and 2.1 with er_sde (the trap 50), where 1 is the limit."""
+PUBLISHED_SENSITIVITY, OWN_SENSITIVITY = 0.2, 0.5
+"""At these the detectors find the trap and nothing else with every sampler. The pack's own one needs it for sa_solver
+alone: at 1 it flags 25 pixels of a clean sample in 12 steps (score 1.96, those of the trap are at their highest, 50)."""
 
 
 def images(count=120):
@@ -56,7 +56,9 @@ def guard(model, region=None, options=None, **settings):
     """(guarded model, report) from the guard node. `options`: changes to the options node's defaults."""
     finer = {i.id: i.default for i in ASCEDOptions.GET_SCHEMA().inputs} | {"max_area": 1.0} | (options or {})
     widgets = {i.id: i.default for i in ASCEDGuard.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
-    widgets |= {"sensitivity": SENSITIVITY} | settings
+    own = finer["detector"] == AscedOptions().detector
+    widgets["sensitivity"] = OWN_SENSITIVITY if own else PUBLISHED_SENSITIVITY
+    widgets |= settings
     return ASCEDGuard.execute(model, **widgets, options=ASCEDOptions.execute(**finer)[0], region=region).result
 
 

@@ -104,7 +104,7 @@ def test_sensitivity_scales_the_score():
     torch.testing.assert_close(high, 4 * low)
 
 
-@pytest.mark.parametrize("ratios", [[r / 3 for r in RATIOS], [3 * r for r in RATIOS], [14.0, 5.0, 1.7]])
+@pytest.mark.parametrize("ratios", [[r / 3 for r in RATIOS], [3 * r for r in RATIOS], [14.0, 8.0, 4.0, 1.7]])
 def test_parts_of_a_window_are_left_to_the_rule(ratios, monkeypatch):
     """A run that enters late, a window that ends early, too few steps: as without the network, which is not asked."""
     monkeypatch.setattr(learned, "local_net", None)
@@ -143,15 +143,14 @@ def test_fit_learns_where_traps_lie():
 def test_demo_model():
     """Traps planted in the shipped model's estimates are found, its clean runs left alone: better than by the rule alone.
 
-    Numbers that took no part in the fit. Of the 160 clean pictures of 100 to 108, 18 were flagged (by the rule alone 41), 9
-    of them of number 100.
+    Numbers that took no part in the fit. Measured there: 4 of 32 clean pictures flagged.
     """
     from tests.bench.detection import Score
     from tests.bench.trap_runs import demo_run
     from tests.bench.trap_runs import watched as watched_run
 
     scores = {kind: (Score(), Score()) for kind in (LearnedDetector, DynamicsDetector)}
-    for number in (106, 107):
+    for number in (100, 101):
         run = demo_run(number, artifact_guard.nodes.demo.model)
         for kind, (trapped, clean) in scores.items():
             found = watched_run(kind, run["estimates"], run["ratios"]).findings().regions
