@@ -6,8 +6,8 @@ and nothing wrong in it: such pixels count little (LOST), as a redraw does littl
 
 The shipped file was fitted by an earlier form of this script, on 515 batches with the develop split's traps, fewer samplers and
 no latents. Fits on these runs (719 of the 860 batches show a whole window of 3 changes or more; four more maps) found more in
-few steps and with samplers that add noise, and left clean latents alone, but flagged 22 of 128 clean pictures of the demo
-model, bags and t-shirts, where the shipped one flags 9: figures in web/docs/ASCEDGuard.md.
+few steps and with samplers that add noise, and flagged fewer clean latents but at shift 3; yet of 128 clean pictures of the
+demo model, bags and t-shirts, 22, where the shipped one flags 9: figures in web/docs/ASCEDGuard.md.
 """
 
 import argparse
