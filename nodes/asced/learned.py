@@ -3,8 +3,9 @@
 The hand-made rule of dynamics.py looks at one pixel at a time. But what a burst means depends on what is around it: in a
 clean run of an uneven picture much moves suddenly, and a spot that locked in before the rest shows by its edges alone.
 So the rule's two scores are here two of 17 maps (signals.py), and a network of 12,000 weights, fitted on
-develop traps and clean runs by an earlier form of `python dev.py train-trap-net`, says where they add up to a trap. It sees no picture, no
-channel and no pixel of the latent: only ratios within one frame, on a grid of at most 32 cells along the shorter side.
+develop traps and clean runs by an earlier form of `python dev.py train-trap-net`, says where they add up to a trap. It
+sees no picture, no channel and no pixel of the latent: only ratios within one frame, on a grid of at most 32 cells
+along the shorter side.
 
 The network was fitted on whole windows of whole pictures. Where a run enters late (image to image), the user's window ends
 early, a second round looks at what is left, the steps are too few to tell (BEGINS, ENDS, LEAST_CHANGES), or a part of the
