@@ -104,6 +104,8 @@ class GuardedRun:
 
     def _judge(self, x: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor) -> None:
         """Have a repair verified by the model's first answer to it, and put back what it made worse."""
+        if self.waiting is not None:  # the unguarded run goes on to its end first: nothing was asked of the repair yet
+            return
         if self.watch.unverified is None or self.watch.unverified.shape != x.shape:
             return
         sigma = sigma.reshape(-1)[0]

@@ -235,12 +235,12 @@ def test_the_unguarded_result_of_a_run_without_repairs():
         ASCEDUnguarded.execute(report, {"samples": ksampler(guarded)})
 
 
-def put_back_run(sampler, worse):
+def put_back_run(sampler, worse, **options):
     """A guarded run of the trapped model in which the borders of samples `worse` show no less after their repair.
 
     The scripted trap answers with the same again whatever the repair; here it counts as something else."""
     model = trapped_model(rows=(0, 1))
-    guarded, report = guard(model)
+    guarded, report = guard(model, options=options)
     calls = []
 
     def jump(x, mask):
@@ -276,6 +276,15 @@ def test_a_repair_that_gained_nothing_is_put_back(sampler):
         assert same(run.output[1], bare.output[1]) and not same(run.output[0], bare.output[0])
     outcomes = [region["outcome"] for image in record.summary()["images"] for region in image["regions"]]
     assert any("undone" in outcome for outcome in outcomes)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral"])
+def test_repairs_are_put_back_beside_a_kept_unguarded_run(sampler):
+    """The unguarded run ends before a repair is judged: the same samples are put back, and the result is the same."""
+    _, run, record = put_back_run(sampler, worse={1})
+    _, keeping, kept = put_back_run(sampler, worse={1}, keep_unguarded=True)
+    assert same(keeping.output, run.output) and same(kept.undone, record.undone) and kept.undone.any()
+    assert kept.unguarded is not None
 
 
 def test_all_repairs_put_back_is_the_bare_run():
