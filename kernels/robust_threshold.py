@@ -98,7 +98,7 @@ def median_and_mad(values: torch.Tensor, valid: torch.Tensor | None = None) -> t
     if rows.device.type in NUMPY_DEVICES:  # row by row, so that what is made on the way stays in the cache
         chosen = _numpy_rows(rows, rows_valid)
         medians = [_selected(row, middle) for row in chosen]
-        mads = [_selected(np.abs(row - median), middle) for row, median in zip(chosen, medians)]
+        mads = [_selected(np.abs(away := row - median, out=away), middle) for row, median in zip(chosen, medians)]
         return _from_numpy(medians, rows), _from_numpy(mads, rows)
     median = _row_median(rows, rows_valid)
     return median, _row_median((rows - median[:, None]).abs_(), rows_valid)

@@ -10,9 +10,9 @@ import math
 import numpy as np
 
 LEAST = 16384
-"""Rows shorter than this are partitioned whole. Measured on one thread of a Zen 4, us a row of 4096, 16384 and 65536 values:
-27, 108 and 421 whole, - , 30 and 82 by a sample; with numpy's AVX2 code, which is faster there than its AVX-512 code,
-5, 21 and 91 whole, 24 and 82 by a sample."""
+"""Rows shorter than this are partitioned whole. Measured on one thread of a Zen 4, us a row of 16384 and of 65536 values: 108
+and 421 whole, 31 and 82 by a sample. With numpy's AVX-512 code switched off (NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL"),
+which is the slower one on that processor, 21 and 91 whole, 26 and 73 by a sample."""
 
 SAMPLE = 1024
 """Values of the sample, about."""

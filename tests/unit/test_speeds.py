@@ -4,7 +4,12 @@ import math
 
 import pytest
 import torch
+from artifact_guard.nodes.asced.guard import guard_model
+from artifact_guard.nodes.asced.options import GuardSettings
 from artifact_guard.nodes.asced.speeds import CELLS, MAPS, Speeds
+from artifact_guard.nodes.demo.model import class_token, load_demo_model
+
+from tests.bench.speed import sampler_run
 
 FRAMES, SIDE = 2, 4 * CELLS
 REGIONS = torch.zeros(FRAMES, SIDE, SIDE, dtype=torch.bool)
@@ -48,6 +53,14 @@ def test_few_maps_are_kept():
 def test_after_the_last_round_only_sums_are_kept():
     speeds = speeds_of([1.0] * 10, settle_at=4)
     assert len(speeds.stretches) == 4 and [s.numel() for s in speeds.sums] == [2] * 6
+
+
+def test_a_guarded_run_settles_when_its_last_round_is_over():
+    model, prompt = load_demo_model()[0], [[class_token(1), {}]]
+    guarded, report = guard_model(model, GuardSettings(sensitivity=0.01))
+    sampler_run(guarded, torch.zeros(1, 3, 32, 32), prompt, 12, 0)
+    speed, window = report.runs[-1].speed, report.runs[-1].window
+    assert len(speed.stretches) == window.correct_at and len(speed.stretches) + len(speed.sums) == len(speed.ratios) == 11
 
 
 def test_nan_in_one_frame_leaves_the_curves_finite():
