@@ -10,9 +10,10 @@ from .dispatch import with_triton
 def label_regions(mask: torch.Tensor) -> torch.Tensor:
     """Label the 4-connected regions of each mask.
 
-    Only the pixels of the mask are looked at. Each starts with its own number; every pass lets the smaller of the two
-    numbers at a pair of neighbours stand for the larger one, and has each pixel take what its number stands for by now
-    (hooking and shortcutting), until nothing changes: 11 passes where the regions are as tangled as can be.
+    What is labelled are the runs of pixels in a row, which are far fewer than the pixels. Each starts with its own number;
+    every pass lets the smaller of the two numbers at a pair of runs that touch stand for the larger one, and has each run
+    take what its number stands for by now (hooking and shortcutting), until nothing changes: counted in 128 x 128
+    pixels, 13 passes for a spiral and up to 11 for noise.
 
     Args:
         mask: (B, H, W) bool.
@@ -22,16 +23,12 @@ def label_regions(mask: torch.Tensor) -> torch.Tensor:
         of one mask (1 + the largest flat index of the region's pixels).
     """
     height, width = mask.shape[1:]
-    flat = mask.flatten()
-    pixels = flat.nonzero()[:, 0]
-    numbers = torch.arange(len(pixels), device=mask.device)
-    number_at = torch.zeros_like(flat, dtype=torch.int64).scatter(0, pixels, numbers)
-    pairs = []
-    for step, has_next in ((1, pixels % width < width - 1), (width, pixels // width % height < height - 1)):
-        following = (pixels + step).clamp(max=len(flat) - 1)
-        first = (has_next & flat.gather(0, following)).nonzero()[:, 0]
-        pairs.append(torch.stack([first, number_at.gather(0, following.gather(0, first))]))
-    one, other = torch.cat(pairs, dim=1)
+    touching = F.pad(mask[:, :-1] & mask[:, 1:], (0, 0, 0, 1))
+    run_at = first_of_each(mask).flatten().cumsum(0) * mask.flatten()  # 0 outside
+    upper = first_of_each(touching).flatten().nonzero()[:, 0]
+    one, other = run_at.gather(0, upper), run_at.gather(0, upper + width)
+    last = first_of_each(mask.flip(2)).flip(2).flatten().nonzero()[:, 0]
+    numbers = torch.arange(len(last) + 1, device=mask.device)
     while True:
         here, there = numbers.gather(0, one), numbers.gather(0, other)
         joined = numbers.scatter_reduce(0, torch.minimum(here, there), torch.maximum(here, there), "amax")
@@ -39,8 +36,13 @@ def label_regions(mask: torch.Tensor) -> torch.Tensor:
         if torch.equal(joined, numbers):
             break
         numbers = joined
-    labels = torch.zeros_like(number_at).scatter(0, pixels, pixels.gather(0, numbers) % (height * width) + 1)
-    return labels.view(mask.shape)
+    label_of = F.pad(last % (height * width) + 1, (1, 0)).gather(0, numbers)
+    return label_of.gather(0, run_at).view(mask.shape)
+
+
+def first_of_each(mask: torch.Tensor) -> torch.Tensor:
+    """Of each run of pixels in a row the leftmost one. (B, H, W) bool."""
+    return mask & ~F.pad(mask[..., :-1], (1, 0))
 
 
 def slide_square(x: torch.Tensor, side: int, combine) -> torch.Tensor:

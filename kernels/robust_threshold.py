@@ -6,13 +6,14 @@ import numpy as np
 import torch
 
 from .dispatch import with_triton
+from .row_select import value_at
 
 NORMAL_CONSISTENCY = 1.4826
 """MAD times this estimates the standard deviation of normally distributed values."""
 
 
 NUMPY_DEVICES = ("cpu",)
-"""Where numpy's partition selects. Measured on 8 rows of 65536 values, one thread: 0.4 ms, torch's kthvalue 6.4 ms."""
+"""Where numpy selects. Measured on 8 rows of 65536 values, one thread: 0.6 ms, torch's kthvalue 5.1 ms."""
 
 Ranks = Callable[[int], tuple[int, int]]
 """Number of values of a row -> the two ranks, counted from 0 and equal or next to each other, whose mean is wanted."""
@@ -23,18 +24,14 @@ def middle(count: int) -> tuple[int, int]:
 
 
 def _numpy_rows(values: torch.Tensor, valid: torch.Tensor | None) -> list[np.ndarray]:
-    """Of each row of `values` (B, N), on the CPU, the entries that count, float32."""
+    """Of each row of `values` (B, N), on the CPU, the entries that count, float32; compress is faster than row[counts]."""
     rows = values.detach().float().numpy()
-    return list(rows) if valid is None else [row[counts] for row, counts in zip(rows, valid.numpy())]
+    return list(rows) if valid is None else [row.compress(counts) for row, counts in zip(rows, valid.numpy())]
 
 
-def _partitioned(row: np.ndarray, ranks: Ranks) -> np.float32:
-    """Mean of the values at two ranks of a row, which it is free to reorder."""
-    if len(row) == 0:
-        return np.float32(np.nan)
-    lower, upper = ranks(len(row))
-    row.partition(upper)
-    return row[upper] if lower == upper else (row[:upper].max() + row[upper]) / 2
+def _selected(row: np.ndarray, ranks: Ranks) -> np.float32:
+    """Mean of the values at two ranks of a row; NaN if it is empty."""
+    return value_at(row, *ranks(len(row))) if len(row) else np.float32(np.nan)
 
 
 def _from_numpy(values: list, like: torch.Tensor) -> torch.Tensor:
@@ -77,7 +74,7 @@ def sample_median(values: torch.Tensor, valid: torch.Tensor | None = None) -> to
 def _row_median(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """Median (B,) of rows (B, N), of those values that `valid` (B, N) marks."""
     if values.device.type in NUMPY_DEVICES:
-        return _from_numpy([_partitioned(row.copy(), middle) for row in _numpy_rows(values, valid)], values)
+        return _from_numpy([_selected(row, middle) for row in _numpy_rows(values, valid)], values)
     if valid is None:
         lower, upper = (values.kthvalue(rank + 1, dim=1).values for rank in middle(values.shape[1]))
         return (upper + lower) / 2
@@ -100,8 +97,8 @@ def median_and_mad(values: torch.Tensor, valid: torch.Tensor | None = None) -> t
     rows_valid = None if valid is None else valid.expand_as(values).flatten(1)
     if rows.device.type in NUMPY_DEVICES:  # row by row, so that what is made on the way stays in the cache
         chosen = _numpy_rows(rows, rows_valid)
-        medians = [_partitioned(row.copy(), middle) for row in chosen]
-        mads = [_partitioned(np.abs(row - median), middle) for row, median in zip(chosen, medians)]
+        medians = [_selected(row, middle) for row in chosen]
+        mads = [_selected(np.abs(away := row - median, out=away), middle) for row, median in zip(chosen, medians)]
         return _from_numpy(medians, rows), _from_numpy(mads, rows)
     median = _row_median(rows, rows_valid)
     return median, _row_median((rows - median[:, None]).abs_(), rows_valid)
@@ -133,7 +130,7 @@ def sample_quantile(values: torch.Tensor, share: float, valid: torch.Tensor | No
         def rank(count):
             return (int(share * (count - 1)),) * 2
 
-        return _from_numpy([_partitioned(row.copy(), rank) for row in _numpy_rows(rows, rows_valid)], rows)
+        return _from_numpy([_selected(row, rank) for row in _numpy_rows(rows, rows_valid)], rows)
     if valid is None:
         return rows.kthvalue(1 + int(share * (rows.shape[1] - 1)), dim=1).values
     ordered = rows.masked_fill(~rows_valid, torch.nan).sort(dim=1).values

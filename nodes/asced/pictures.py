@@ -16,14 +16,14 @@ def draw_curves(record: RunRecord) -> torch.Tensor:
     Speed is the mean of |D_t - D_(t-1)| over pixels and channels, in latent units; acceleration its change from step
     to step. Each value stands at the noise ratio b / a of the later of the steps it compares; phases are the run's own.
     """
-    if not record.speed_maps:
+    if not record.speed.ratios:
         return draw_chart([Panel(f"Not guarded: {record.reason}"[:100], {}, [], "no steps to show")])
     inside, outside = record.speeds()
     speeds = {"inside regions": inside.tolist(), "outside": outside.tolist()}
     accelerations = {
         name: [float("nan")] + [after - before for before, after in zip(line, line[1:])] for name, line in speeds.items()
     }
-    labels = [f"{ratio:.2g}" for ratio in record.speed_ratios]
+    labels = [f"{ratio:.2g}" for ratio in record.speed.ratios]
     bands = phase_bands(record)
     axis = "noise ratio b / a of the step (the run goes from left to right)"
     return draw_chart([
@@ -37,7 +37,7 @@ def phase_bands(record: RunRecord) -> list[tuple[str, float, float]]:
     phases = record.phases()
     if phases is None:
         return []
-    last = float(len(record.speed_ratios) - 1)
+    last = float(len(record.speed.ratios) - 1)
     mutation, refinement = (min(float(index), last) for index in phases)
     return [("Profiling", 0.0, mutation), ("Mutation", mutation, refinement), ("Refinement", refinement, last)]
 

@@ -4,7 +4,6 @@ import math
 from dataclasses import asdict
 
 import torch
-import torch.nn.functional as F
 
 import comfy.nested_tensor
 import comfy.utils
@@ -14,10 +13,8 @@ from ..latents import FrameLayout, frames_to_mask
 from ..run_reports import RunReport, fingerprint, image_part
 from .detector import NEVER, Findings
 from .options import GuardSettings
+from .speeds import Speeds
 from .window import MIN_STEPS, Window, estimate_phases
-
-CURVE_PIXELS = 32
-"""Speed maps are kept at this size at most: enough to tell inside from outside, and small beside a latent."""
 
 
 class RunRecord:
@@ -37,9 +34,7 @@ class RunRecord:
         self.notes: list[str] = []
         self.window: Window | None = None
         self.ratios: list[float] = []
-        self.speed_ratios: list[float] = []
-        self.speed_lengths: list[float] = []
-        self.speed_maps: list[torch.Tensor] = []
+        self.speed = Speeds()
         self.regions: torch.Tensor | None = None
         self.peak: torch.Tensor | None = None
         self.onset: torch.Tensor | None = None
@@ -65,15 +60,13 @@ class RunRecord:
     def add_speed(self, ratio: float, length: float, speed: torch.Tensor) -> None:
         """Take in |change of the clean estimate| at a step, mean over channels: (F, H, W), latent units per step.
 
-        The map is kept at half precision, for the curves alone: three digits of what is then averaged over pixels.
-
         ratio: b / a at the step. length: how far ln(b / a) fell since the step before; inf from pure noise.
         """
-        size = tuple(min(CURVE_PIXELS, side) for side in speed.shape[-2:])
-        self.speed_ratios.append(ratio)
-        self.speed_lengths.append(length)
-        small = speed if size == speed.shape[-2:] else F.adaptive_avg_pool2d(speed, size)
-        self.speed_maps.append(small.half())
+        self.speed.add(ratio, length, speed)
+
+    def settle(self) -> None:
+        """No further regions will be looked for."""
+        self.speed.settle(self.regions)
 
     def add_findings(self, findings: Findings) -> None:
         """Take in what a round found."""
@@ -100,7 +93,7 @@ class RunRecord:
 
     def close(self, output: torch.Tensor) -> None:
         """The run is over: bring everything to the CPU and remember what its output looks like."""
-        self.speed_maps = [m.cpu().float() for m in self.speed_maps]
+        self.speed.close()
         if self.layout is not None:
             height, width = self.layout.size
             empty = torch.zeros(self.layout.batch * self.layout.frames_per_sample, height, width, dtype=torch.bool)
@@ -120,14 +113,7 @@ class RunRecord:
 
     def speeds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean speed at each step inside and outside the regions of all frames, each (steps,); NaN without regions."""
-        maps = torch.stack(self.speed_maps, dim=1)
-        inside = F.adaptive_max_pool2d(self.regions.float()[:, None], maps.shape[-2:])[:, 0] > 0
-        inside = inside[:, None].expand_as(maps)
-
-        def mean(where: torch.Tensor) -> torch.Tensor:
-            return (maps * where).nan_to_num().sum(dim=(0, 2, 3)) / where.sum(dim=(0, 2, 3))
-
-        return mean(inside), mean(~inside)
+        return self.speed.curves(self.regions)
 
     def without_repairs(self, latent: dict) -> dict:
         """The LATENT that the run gives without its repairs: `latent` itself if nothing was repaired.
@@ -148,15 +134,13 @@ class RunRecord:
         return {**latent, "samples": samples}
 
     def phases(self, frame: int | None = None) -> tuple[int, int] | None:
-        """Where Mutation and Refinement begin, as indices into `speed_ratios`; of one frame or of their mean.
+        """Where Mutation and Refinement begin, as indices into `speed.ratios`; of one frame or of their mean.
 
         None if the run was too short to tell.
         """
-        if len(self.speed_maps) < MIN_STEPS:
+        if len(self.speed.ratios) < MIN_STEPS:
             return None
-        maps = torch.stack(self.speed_maps, dim=1).float()
-        speed = (maps.mean(dim=0) if frame is None else maps[frame]).flatten(1).mean(dim=1).tolist()
-        return estimate_phases(speed, self.speed_lengths)
+        return estimate_phases(self.speed.of_frame(frame), self.speed.lengths)
 
     def summary(self) -> dict:
         """What was found, done and cost, as plain data."""
@@ -198,7 +182,7 @@ class RunRecord:
             "artifact_fraction": self.regions[frame].float().mean().item(),
             "repaired_fraction": self.repaired[frame].float().mean().item(),
             "phases": None if phases is None else {
-                name: finite(self.speed_ratios[index]) for name, index in zip(("mutation_from", "refinement_from"), phases)
+                name: finite(self.speed.ratios[index]) for name, index in zip(("mutation_from", "refinement_from"), phases)
             },
             "regions": found,
         }

@@ -216,6 +216,7 @@ class Watch:
         else:
             self.detector = None
             self._forget_window()
+            self.record.settle()
 
     @property
     def unverified(self) -> torch.Tensor | None:
