@@ -53,6 +53,10 @@ class Detector(ABC):
         """Told how far D went between every two steps, the largest channel (F, H, W): before the window too, and after
         the steps were observed."""
 
+    def sure(self, peak: torch.Tensor) -> torch.Tensor:
+        """Where a score (F, H, W) leaves no doubt, bool. Nowhere, unless a detector knows better."""
+        return torch.zeros_like(peak, dtype=torch.bool)
+
     @abstractmethod
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
         """Compare the estimates of two steps that follow each other. valid: (F, H, W) bool, the pixels that count."""

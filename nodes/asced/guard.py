@@ -30,6 +30,9 @@ SEED_STEP = 1_000_003
 """Times the step's number, added to the seed at a restart: a stochastic sampler must not draw its first leg's noise
 once more, nor that of another guard's restart."""
 
+SAME_SIGMA = 1e-4
+"""A sigma that differs from one of the schedule by this share alone is that one: adaptive solvers compute theirs."""
+
 
 class Restart(Exception):
     """Leaves a sampler at a step. It belongs to one run: guards inside each other catch only their own.
@@ -73,7 +76,7 @@ class GuardedRun:
         while True:
             self.watch.forget()
             self.waiting = None
-            probe = ModelProbe(model, known, extra_args.get("model_options"), self._judge)
+            probe = ModelProbe(model, known, extra_args.get("model_options"), self._redraw, self._judge)
             watching = self._watching_callback(probe, shape, callback, first_step, begin)
             try:
                 result = sampler_function(
@@ -102,24 +105,39 @@ class GuardedRun:
                 step = len(self.schedule) - len(remaining)
                 extra_args["seed"] = (original["seed"] + SEED_STEP * (step + 1)) % 2**64
 
-    def _judge(self, x: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor) -> None:
-        """Have a repair verified by the model's first answer to it, and put back what it made worse."""
-        if self.waiting is not None:  # the unguarded run goes on to its end first: nothing was asked of the repair yet
+    def _asked_of_repair(self, x: torch.Tensor) -> bool:
+        """Whether a question to the model is one about the repaired sample: an unguarded run goes on to its end first."""
+        repair = self.watch.repair
+        return self.waiting is None and repair is not None and repair.x.shape == x.shape
+
+    def _redraw(self, x: torch.Tensor, sigma: torch.Tensor) -> None:
+        """Before the model is asked about the next step of the schedule: draw again what of a repair fell back.
+
+        The question that is about to be asked is then asked of the redrawn sample, so that it costs no model call.
+        """
+        if not self._asked_of_repair(x) or self.watch.repair.falling is None:
             return
-        if self.watch.unverified is None or self.watch.unverified.shape != x.shape:
+        sigma = sigma.reshape(-1)[0].cpu()
+        step = int((self.schedule - sigma).abs().argmin())
+        if abs(self.schedule[step] - sigma) > SAME_SIGMA * sigma or step == len(self.coefficients):
+            return
+        raise Restart(self, self.watch.redraw(x, *self.coefficients[step]), self.schedule[step])
+
+    def _judge(self, x: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor) -> None:
+        """Have a repair judged by the model's answers to it, and put back what it made worse."""
+        if not self._asked_of_repair(x):
             return
         sigma = sigma.reshape(-1)[0]
-        put_back = self.watch.verify(Estimate(x, denoised, *coefficients(self.model_sampling, sigma)))
+        put_back = self.watch.judge(Estimate(x, denoised, *coefficients(self.model_sampling, sigma)))
         if put_back is not None:
             raise Restart(self, put_back[0], sigma, put_back[1])
 
     def _rest_of_schedule(self, sigma: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
         """The sigmas still to come, from the present one on.
 
-        Read from a copy of the schedule: uni_pc writes into the sigmas it is given. A sigma that differs from one of
-        the schedule by rounding alone (adaptive solvers compute theirs) counts as that one.
+        Read from a copy of the schedule: uni_pc writes into the sigmas it is given.
         """
-        below = self.schedule[self.schedule < sigma.cpu() * (1 - 1e-4)]
+        below = self.schedule[self.schedule < sigma.cpu() * (1 - SAME_SIGMA)]
         return torch.cat([sigma.cpu().reshape(1), below]).to(sigmas)
 
     def _watching_callback(self, probe: ModelProbe, shape: torch.Size, callback, first_step: int, begin: int | None):

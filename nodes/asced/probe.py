@@ -31,13 +31,15 @@ class ModelProbe:
         known: the answer to the first question, if it is the expected one, asked with the same options: CFG++ samplers
             add functions of theirs to these and have to see the model run.
         options: the model options that `known` was got with.
+        before: called with every question (x, sigma) before the model is asked; may raise Restart.
         judge: called with every answer of the model as soon as it is there; may raise Restart.
     """
 
-    def __init__(self, model, known: Answer | None, options: dict | None, judge):
-        self.__dict__.update(model=model, known=known, options=options, judge=judge, calls=0, last=None)
+    def __init__(self, model, known: Answer | None, options: dict | None, before, judge):
+        self.__dict__.update(model=model, known=known, options=options, before=before, judge=judge, calls=0, last=None)
 
     def __call__(self, x, sigma, **kwargs):
+        self.before(x, sigma)
         known = self.known
         self.__dict__.update(known=None, last=None)  # no sample is kept while the model is at work
         if known is not None and kwargs.get("model_options") is self.options and known.fits(x, sigma):

@@ -44,6 +44,7 @@ class RunRecord:
         self.unguarded: torch.Tensor | None = None
         self.model_calls = 0
         self.restarts = 0
+        self.redraws = 0
         self.seconds = 0.0
         self.fingerprint: torch.Tensor | None = None
 
@@ -81,6 +82,10 @@ class RunRecord:
         """Take in a repair: what was renoised, (F, H, W) bool."""
         self.repaired = mask if self.repaired is None else self.repaired | mask
         self.restarts += 1
+
+    def add_redraw(self) -> None:
+        """Take in that what of a repair fell back was renoised once more."""
+        self.redraws += 1
 
     def undo(self, mask: torch.Tensor) -> None:
         """Take in that a repair was put back: where, (F, H, W) bool."""
@@ -154,6 +159,7 @@ class RunRecord:
             "window": None,
             "model_calls": self.model_calls,
             "restarts": self.restarts,
+            "redraws": self.redraws,
             "seconds": round(self.seconds, 3),
             "images": [],
         }

@@ -8,9 +8,11 @@ travel       log of how far it has come since the run began, over its frame's me
 burst, straggler, when   the scores of the hand-made rule (dynamics.py), log, and ln(b / a) of the strongest burst
 edge 8, 4, 1 log of the mean step between neighbours of D in units of its frame's contrast, at b / a about 8, 4 and at the
              end: what is drawn while its surroundings are still fog has locked in early
-detail       the same for the difference from the mean of the four neighbours, at the end
+broad 8, 1   the same as edge for the step across four pixels of D blurred by 3x3: outlines that fog has softened
+detail 4, 1  the same for the difference from the mean of the four neighbours
 distance 8, 4   log of |D now - D then|, over a sixth of the frame's mean travel
 deviation    |D - its frame's mean| in units of the contrast
+coupling     the part of all changes that the four neighbours made too: 1 where a place moves with its surroundings
 """
 
 import math
@@ -25,19 +27,21 @@ THEN = (9.0, 4.5)
 
 NAMES = (
     *(f"travel {i}" for i in range(1, len(EDGES))), "travel", "burst", "straggler", "when", "edge 8", "edge 4", "edge 1",
-    "detail", "distance 8", "distance 4", "deviation",
+    "broad 8", "broad 1", "detail 4", "detail 1", "distance 8", "distance 4", "deviation", "coupling",
 )
 LEAST = 0.02
 TINY = 1e-9
 
 
 class Signals:
-    """Gathers the maps of one window. State: the travel of six spans and three estimates, all on the grid."""
+    """Gathers the maps of one window. State: the travel of six spans, two sums and three estimates, all on the grid."""
 
     def __init__(self):
         self.spans: list[torch.Tensor | float] = [0.0] * (len(EDGES) - 1)
         self.then: dict[float, torch.Tensor] = {}
         self.now: torch.Tensor | None = None
+        self.shared: torch.Tensor | float = 0.0
+        self.moved: torch.Tensor | float = 0.0
         self.changes = 0
 
     def add(self, velocity: torch.Tensor, start: float, end: float, denoised: torch.Tensor) -> None:
@@ -47,6 +51,9 @@ class Signals:
             shared = min(start, math.log(high)) - max(end, math.log(low))
             if shared > 0:
                 self.spans[span] = self.spans[span] + rate * shared
+        change = on_grid(velocity) * (start - end)
+        self.shared = self.shared + (change * neighbours(change)).mean(1)
+        self.moved = self.moved + change.square().mean(1)
         self.now = on_grid(denoised.float())
         for ratio in THEN:
             if ratio not in self.then and end <= math.log(ratio):
@@ -69,9 +76,11 @@ class Signals:
         away = self.now - self.now.mean((2, 3), keepdim=True)
         contrast = away.square().mean((1, 2, 3)).sqrt().clamp(min=TINY)[:, None, None]
         maps += [torch.log(edges(x) / contrast + LEAST) for x in (*then, self.now)]
-        maps.append(torch.log(detail(self.now) / contrast + LEAST))
+        maps += [torch.log(broad_edges(x) / contrast + LEAST) for x in (then[0], self.now)]
+        maps += [torch.log((x - neighbours(x)).abs().mean(1) / contrast + LEAST) for x in (then[1], self.now)]
         maps += [torch.log((self.now - x).abs().mean(1) / scale + LEAST) for x in then]
         maps.append(away.abs().mean(1) / contrast)
+        maps.append(self.shared / (self.moved + LEAST * mean(self.moved)).clamp(min=TINY**2))
         return torch.stack(maps, dim=1)
 
 
@@ -94,8 +103,15 @@ def edges(x: torch.Tensor) -> torch.Tensor:
     return (across[:, 1:-1, 1:] + across[:, 1:-1, :-1] + down[:, 1:, 1:-1] + down[:, :-1, 1:-1]) / 4
 
 
-def detail(x: torch.Tensor) -> torch.Tensor:
-    """|x - mean of its four neighbours|, mean over the channels: (F, C, H, W) gives (F, H, W)."""
+def broad_edges(x: torch.Tensor) -> torch.Tensor:
+    """The same across four pixels of x blurred by 3x3, one step along each axis."""
+    blurred = F.avg_pool2d(F.pad(x, (3, 3, 3, 3), mode="replicate"), 3, stride=1)
+    across = (blurred[..., 2:-2, 4:] - blurred[..., 2:-2, :-4]).abs()
+    down = (blurred[..., 4:, 2:-2] - blurred[..., :-4, 2:-2]).abs()
+    return (across + down).mean(1) / 2
+
+
+def neighbours(x: torch.Tensor) -> torch.Tensor:
+    """Mean of the four neighbours of each pixel, (F, C, H, W)."""
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    around = padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1] + padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:]
-    return (x - around / 4).abs().mean(1)
+    return (padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1] + padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:]) / 4

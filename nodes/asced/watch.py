@@ -1,14 +1,10 @@
 """What the guard sees of one run: compares clean estimates inside the window, decides once a round, repairs, verifies."""
 
 from collections import deque
-from dataclasses import dataclass
 
 import torch
 
-from ...kernels.fill import fill_from_surroundings
-from ...kernels.regions import count_in_region, label_regions
 from ...kernels.score_dynamics import change_maps
-from ...kernels.seams import border_jump
 from ..latents import FrameLayout
 from .corrector import (
     UNIT_GAMMA,
@@ -26,6 +22,7 @@ from .estimate import Estimate
 from .learned import LearnedDetector
 from .options import AscedOptions, GuardSettings
 from .published import CleanEstimateDetector, WeightedScoreDetector
+from .repair import Repair
 from .report import RunRecord
 
 SAME_STEP = 1e-4
@@ -33,10 +30,6 @@ SAME_STEP = 1e-4
 
 ADAPTIVE_LEAP = 1.5
 """dpm_adaptive was seen to go from b / a 1.9 to 0.7 in one step."""
-
-BETTER = 0.75
-"""A repair is kept if the step across its border is below this share of what it was. On attractor traps of the develop
-split (Fashion-MNIST, CIFAR-10; EPS) it halves the sound samples that are redrawn and the harm, and costs no repair."""
 
 
 def detector_class(options: AscedOptions) -> type[Detector]:
@@ -46,23 +39,6 @@ def detector_class(options: AscedOptions) -> type[Detector]:
         "score dynamics": LearnedDetector,
     }
     return classes[options.detector]
-
-
-@dataclass
-class Repair:
-    """A repair that the run was restarted with: what was there before it, and where it was renoised.
-
-    x, denoised: the sampler's tensors (B, ...) before the repair; repaired: x after it; regions, mask: (F, H, W) bool,
-    what was found and what was renoised; artifact: the frames of D before it.
-    """
-
-    x: torch.Tensor
-    denoised: torch.Tensor
-    repaired: torch.Tensor
-    regions: torch.Tensor
-    mask: torch.Tensor
-    artifact: torch.Tensor
-    verified: bool = False
 
 
 class Watch:
@@ -87,10 +63,11 @@ class Watch:
         self.seed = seed
         self.done = False
         self.decided = False
-        self.round = 0
+        self.round = self.draws = 0
         self.of_sample = detector_class(settings.options).of_sample
         self.previous: Estimate | None = None
         self.repair: Repair | None = None
+        self.sure: torch.Tensor | None = None
         self.window = record.window
         self.detector: Detector | None = None
         self._begin_round()
@@ -146,7 +123,9 @@ class Watch:
         if repaired is None:
             return None
         repaired = self.layout.with_frames(estimate.x, repaired)
-        self.repair = Repair(estimate.x, estimate.denoised, repaired, regions & mask, mask, now.denoised)
+        self.repair = Repair(
+            self.layout, estimate.x, estimate.denoised, repaired, regions & mask, mask, self.sure, now.denoised
+        )
         return repaired
 
     def _compare(self, previous: Estimate | None, now: Estimate) -> None:
@@ -174,6 +153,7 @@ class Watch:
         repaired, mask = None, None
         if findings is not None:
             self.record.add_findings(findings)
+            self.sure = self.detector.sure(findings.peak)
             if findings.suspected and self.settings.mode == "correct":
                 mask = repair_mask(findings.regions, self.allowed, self.settings.options)
         if mask is not None and bool(mask.any()):
@@ -188,15 +168,19 @@ class Watch:
     def _findings(self, now: Estimate) -> Findings | None:
         """What the round's detector found; in later rounds also the repaired regions that fell back."""
         findings = self.detector.findings(self.layout.frames_per_sample)
-        back = self.fallen_back(now)
-        if back is None or findings is None:
+        if self.repair is None:
             return findings
+        back = self.repair.fallen_back(now.denoised)
+        if findings is None:  # the sample was renoised at every step, so that none could be compared
+            nothing = torch.zeros(back.shape, device=back.device)
+            return Findings(back, nothing, nothing, suspected=True)
         return findings._replace(regions=findings.regions | back, suspected=True)
 
     def _repaired(self, now: Estimate, mask: torch.Tensor) -> torch.Tensor:
         """The frames (F, C, H, W) renoised inside the mask, as the chosen correction does it."""
         correction, strength = self.settings.options.correction, self.settings.strength
-        seed = draw_noise_seed(self.seed, self.settings.options.noise_seed, self.round)
+        seed = draw_noise_seed(self.seed, self.settings.options.noise_seed, self.draws)
+        self.draws += 1
         if correction == "state replacement":
             return state_replacement(now, self.before_window, mask, seed)
         if correction == "score clipping":
@@ -218,62 +202,33 @@ class Watch:
             self._forget_window()
             self.record.settle()
 
-    @property
-    def unverified(self) -> torch.Tensor | None:
-        """The repaired x that waits for the model's first answer."""
-        return None if self.repair is None or self.repair.verified else self.repair.repaired
-
-    def verify(self, estimate: Estimate) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Judge a repair by the model's first answer to it, and put back the samples for which it gained nothing.
-
-        A sample is put back if the model draws something else in its regions, but their borders show no less clearly
-        than before. One that answers with what was there before is left: it may take the next steps to escape.
-
-        Args:
-            estimate: the repaired x and the model's estimate of it, as the sampler has them.
+    def judge(self, estimate: Estimate) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Judge a repair by an answer of the model to it, as the sampler has it; see Repair.
 
         Returns:
-            None if every sample is kept; else x and clean estimate with the samples put back as they were before the
-            repair, bit for bit. The estimate needs no model call: the samples of a batch do not touch each other.
+            None if it goes on; else x and clean estimate with some samples put back as they were before the repair.
         """
         repair = self.repair
-        repair.verified = True
-        after = border_jump(self.layout.frames(estimate.denoised), repair.mask)
-        before = torch.maximum(*(border_jump(repair.artifact, mask) for mask in (repair.mask, repair.regions)))
-        frames = (-1, self.layout.frames_per_sample)
-        undone = after.unflatten(0, frames).sum(1) > BETTER * before.unflatten(0, frames).sum(1)
-        again = fallen_back(self.layout.frames(estimate.denoised).float(), repair.artifact.float(), repair.mask)
-        undone &= ~again.flatten(1).any(dim=1).unflatten(0, frames).any(dim=1)
-        if not bool(undone.any()):
-            return None
-        where = repair.mask & undone.repeat_interleave(self.layout.frames_per_sample)[:, None, None]
-        repair.mask = repair.mask & ~where
-        self.record.undo(where)
+        if not repair.verified:
+            put_back = repair.verify(estimate)
+            if put_back is not None:
+                self.record.undo(put_back[0])
+                return put_back[1:]
+        if self.settings.options.correction == "surroundings":
+            repair.look_back(estimate)
+        return None
 
-        def put_back(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-            return torch.where(undone.view(-1, *[1] * (new.ndim - 1)), old.to(new.dtype), new)
-
-        return put_back(repair.x, estimate.x), put_back(repair.denoised, estimate.denoised)
-
-    def fallen_back(self, now: Estimate) -> torch.Tensor | None:
-        """Repaired regions that have become again what they were, (F, H, W) bool; None if nothing was repaired."""
-        if self.repair is None:
-            return None
-        return fallen_back(now.denoised.float(), self.repair.artifact.float(), self.repair.mask)
+    def redraw(self, x: torch.Tensor, a: float, b: float) -> torch.Tensor:
+        """The sampler's tensor at the step a, b, about to be given to the model, with what fell back renoised once more."""
+        repair = self.repair
+        (mask, denoised), repair.falling = repair.falling, None
+        repair.redraws += 1
+        frames = self.layout.frames(x)
+        self.record.add_redraw()
+        return self.layout.with_frames(x, self._repaired(Estimate(frames, denoised, a, b), mask))
 
     def finish(self) -> None:
         """The run is over: what became of the repairs, by its last estimate."""
         if self.previous is not None and self.repair is not None:
-            self.record.fallen_back = self.fallen_back(self.previous)
+            self.record.fallen_back = self.repair.fallen_back(self.previous.denoised)
 
-
-def fallen_back(denoised: torch.Tensor, artifact: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The regions of a mask (F, H, W) of which more than half has come back to the artifact.
-
-    A pixel has come back if it is less than half as far from the artifact as the artifact was from the smooth
-    continuation of its surroundings. denoised, artifact: (F, C, H, W) float32.
-    """
-    distance = (artifact - fill_from_surroundings(artifact, mask)).square().sum(dim=1)
-    back = (denoised - artifact).square().sum(dim=1) < 0.25 * distance
-    labels = label_regions(mask)
-    return mask & (2 * count_in_region(labels, back & mask) > count_in_region(labels, mask))

@@ -32,8 +32,8 @@ TRAP_AT = 6.5
 SQUARE = (slice(8, 14), slice(12, 18))
 ELSEWHERE = (slice(2, 7), slice(1, 6))
 PUBLISHED_SENSITIVITY, OWN_SENSITIVITY = 0.2, 0.5
-"""At these the detectors find the trap and nothing else with every sampler. The pack's own one needs it for sa_solver
-alone: at 1 it flags 25 pixels of a clean sample in 12 steps (score 1.96, those of the trap are at their highest, 50)."""
+"""At these the detectors find the trap and nothing else with every sampler. At 1 the pack's own one finds it too, and in 3 of
+120 clean samples flags something: three of the samplers in 12 steps of a flow model."""
 
 
 def images(count=120):
@@ -67,7 +67,7 @@ def empty(batch=BATCH, **more):
     return {"samples": torch.zeros(batch, CHANNELS, HEIGHT, WIDTH), **more}
 
 
-def ksampler(model, sampler="euler", latent=None, seed=3, steps=STEPS, denoise=1.0, cfg=1.0):
+def ksampler(model, sampler="euler", latent=None, seed=4, steps=STEPS, denoise=1.0, cfg=1.0):
     """The samples that core's KSampler node gives, under inference mode as ComfyUI runs nodes."""
     with torch.inference_mode():
         (latent,) = core_nodes.KSampler().sample(
@@ -114,7 +114,7 @@ class Run:
             the model, gives the estimate.
     """
 
-    def __init__(self, model, sampler="euler", latent=None, sigmas=None, seed=3, guider=None, model_call=None):
+    def __init__(self, model, sampler="euler", latent=None, sigmas=None, seed=4, guider=None, model_call=None):
         self.legs, self.inputs, self.model_call = [], [], model_call or (lambda number, x, ask: ask())
         self.latent, self.seed = latent or empty(), seed
         model = model.clone()

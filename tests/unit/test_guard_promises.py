@@ -47,7 +47,7 @@ def test_a_repair_is_new_inside_the_mask_and_bit_equal_outside(sampler, kind):
     guarded, report = guard(model)
     run = Run(guarded, sampler).start()
     (record,) = report.runs
-    first, second = run.legs
+    first, second = run.legs[:2]
     before, mask = run.state_before(1, adaptive), record.repaired[:, None].expand_as(second.x)
     assert found(record) == [False, True, False] and record.regions[1][SQUARE].float().mean() > 0.9
     assert not (record.regions & ~record.repaired).any() and record.repaired.sum() > record.regions.sum()
@@ -171,14 +171,14 @@ GUIDERS = {
 def test_guiders(guider):
     """With guidance the model is asked for two or three conditions at once; the promises are the same."""
     model = exact_model(images(6), labels=[0, 0, 0, 1, 1, 1], traps=[trap([1])])
-    bare = Run(model, "dpmpp_2m", guider=guider).start()
+    bare = Run(model, "dpmpp_2m", guider=guider, seed=3).start()
     guarded, report = guard(model)
-    run = Run(guarded, "dpmpp_2m", guider=guider).start()
+    run = Run(guarded, "dpmpp_2m", guider=guider, seed=3).start()
     (record,) = report.runs
     assert found(record) == [False, True, False] and len(run.inputs) == len(bare.inputs) + 1
     mask = record.repaired[:, None].expand_as(run.output)
     assert torch.equal(run.state_before(1)[:BATCH] != run.legs[1].x, mask)
-    idle = Run(guard(model, sensitivity=0.01)[0], "dpmpp_2m", guider=guider).start()
+    idle = Run(guard(model, sensitivity=0.01)[0], "dpmpp_2m", guider=guider, seed=3).start()
     assert same(idle.output, bare.output) and len(idle.inputs) == len(bare.inputs)
 
 
@@ -210,7 +210,7 @@ def test_nothing_is_left_behind(end, at_call):
     assert len(report.runs) == (end == "whole")
     at_call, run.legs = None, []
     run.start()
-    assert len(run.legs) == 2 and same(run.output, Run(guard(model)[0]).start().output)
+    assert len(run.legs) >= 2 and same(run.output, Run(guard(model)[0]).start().output)
 
 
 @each_sampler
@@ -225,11 +225,11 @@ def test_progress_goes_on_over_a_restart(sampler):
     else:
         assert steps == sorted(steps) and steps[-1] == STEPS - 1 and len(steps) <= STEPS + 1
     run = Run(guarded, sampler).start()
-    assert [leg.open_bars for leg in run.legs] == [0, 0] and open_bars() == 0
+    assert len(run.legs) >= 2 and not any(leg.open_bars for leg in run.legs) and open_bars() == 0
 
 
 def test_uni_pc_leaves_the_schedule_as_in_one_leg():
     """uni_pc writes 0.001 into the last sigma, which ComfyUI reads afterwards; the restart has the clean schedule."""
     bare, run = Run(trapped_model(), "uni_pc").start(), Run(guard(trapped_model())[0], "uni_pc").start()
     assert same(run.sigmas, bare.sigmas)
-    assert len(run.legs) == 2 and run.legs[1].sigmas[-1] == run.legs[0].sigmas[-1] == 0
+    assert len(run.legs) >= 2 and all(leg.sigmas[-1] == 0 for leg in run.legs)
