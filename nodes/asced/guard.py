@@ -125,7 +125,7 @@ class GuardedRun:
 
     def _judge(self, x: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor) -> None:
         """Have a repair judged by the model's answers to it, and put back what it made worse."""
-        if not self._asked_of_repair(x):
+        if not self._asked_of_repair(x) or self.watch.repair.settled:
             return
         sigma = sigma.reshape(-1)[0]
         put_back = self.watch.judge(Estimate(x, denoised, *coefficients(self.model_sampling, sigma)))

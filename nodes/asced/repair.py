@@ -27,6 +27,7 @@ class Repair:
     x, denoised: the sampler's tensors (B, ...) before it; repaired: x after it. The rest is (F, H, W) bool: regions, what was
     found; mask, what was renoised; sure, where the detector has no doubt. artifact: the frames of D before it. falling:
     what of it fell back by the model's last answer, and that answer in frames; None where nothing is to be drawn again.
+    settled: no more answers need be looked at.
     """
 
     layout: FrameLayout
@@ -38,6 +39,7 @@ class Repair:
     sure: torch.Tensor
     artifact: torch.Tensor
     verified: bool = False
+    settled: bool = False
     redraws: int = 0
     falling: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -76,7 +78,8 @@ class Repair:
         """See by an answer of the model, as the sampler has it, which regions are to be drawn again: those that fell back and
         that the detector was sure of. What it doubted and what comes back is more often sound."""
         self.falling = None
-        if self.redraws == REDRAWS or estimate.ratio < REDRAW_DOWN_TO:
+        if self.redraws == REDRAWS or estimate.ratio < REDRAW_DOWN_TO or not bool(self.sure.any()):
+            self.settled = True
             return
         denoised = self.layout.frames(estimate.denoised)
         back = self.fallen_back(denoised)

