@@ -10,9 +10,9 @@ CELLS = 16
 64 and 128 pixels, squares of an eighth of a side that move three times as fast as the rest then show as 2.4 to 2.5 times as
 fast; cells half as wide, counted inside where a region touches them, gave 2.4 to 2.6. On 32 pixels it is 2.6 instead of 3."""
 
-MAPS = 24
-"""At most so many maps wait for the regions. A run of 36 steps has as many before they are known; of a longer one those
-that are closest in ln(b / a), the position that all schedules share, become one: 200 steps show what 36 steps show."""
+MAPS = 12
+"""At most so many maps wait for the regions. A run of 25 steps has about as many before they are known; of a longer one those
+that are closest in ln(b / a), the position that all schedules share, become one."""
 
 
 @dataclass
