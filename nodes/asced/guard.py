@@ -167,7 +167,6 @@ class GuardedRun:
 
         return watching
 
-
     def _place(self, step: int | None, sigma: torch.Tensor) -> tuple[torch.Tensor, float, float, int]:
         """Where a step lies: its sigma, a CPU scalar; its coefficients a and b; how many sigmas are below it.
 

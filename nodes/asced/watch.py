@@ -124,7 +124,7 @@ class Watch:
             return None
         repaired = self.layout.with_frames(estimate.x, repaired)
         self.repair = Repair(
-            self.layout, estimate.x, estimate.denoised, repaired, regions & mask, mask, self.sure, now.denoised
+            self.layout, estimate.x, estimate.denoised, regions & mask, mask, self.sure, now.denoised
         )
         return repaired
 

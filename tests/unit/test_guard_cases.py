@@ -318,7 +318,7 @@ def test_what_the_detector_doubts_is_not_drawn_again():
     mask[(0, *SQUARE)] = mask[(0, *ELSEWHERE)] = True
     sure[0, SQUARE[0].start, SQUARE[1].start] = True
     layout = FrameLayout.of([artifact.shape])
-    fixed = repair.Repair(layout, artifact, artifact, artifact, mask, mask, sure, artifact)
+    fixed = repair.Repair(layout, artifact, artifact, mask, mask, sure, artifact)
     fixed.look_back(Estimate(artifact, artifact, 1.0, 1.2))
     assert fixed.falling[0][(0, *SQUARE)].all() and not fixed.falling[0][(0, *ELSEWHERE)].any()
     fixed.look_back(Estimate(artifact, artifact, 1.0, repair.REDRAW_DOWN_TO / 1.01))
