@@ -4,13 +4,18 @@ All see the same trajectories, 25 Euler steps, scripted traps of the held-out fa
 the choice of any constant. The published rule also runs in its independent numpy form. Reported per parameterization
 and data set: pixel F1 by amplitude, the share of images judged rightly (as many clean as trapped ones), the share of
 clean pixels and of clean images flagged; then how the default depends on steps, schedule, CFG and sensitivity.
+
+The same for denoisers that work patch by patch (exact/local.py): as trained networks do, they never settle on an image
+of the data set, and what they change to the end looks to a rule made on exact denoisers like a flaw.
 """
 
 import contextlib
+import itertools
 from pathlib import Path
 
 import torch
 
+from ..exact.local import LocalDenoiser
 from ..exact.model import conditioning, exact_model
 from ..quality.published import detect
 from .exact_runs import data_sets, fixed_window, guarded_run, hand_made_rule, latent_sets, trapped_batch
@@ -24,6 +29,8 @@ PARAMETERIZATIONS = ("eps", "flow")
 SHIFTED = "flow, shift 3"
 """Flow on the schedule of SD 3, and about that of Flux, Qwen-Image and Wan. Plain flow, at shift 1, takes half as many
 steps where traps spring. Scored by itself: the goals are for the two above."""
+REACHES = (2.5, 5.0)
+LOCAL_IMAGES = 300
 
 
 class Score:
@@ -118,6 +125,23 @@ def compare_rules(pack, sets: dict[str, torch.Tensor], unit: float = 1.0) -> dic
     }
 
 
+def local_denoisers(pack, sets: dict[str, torch.Tensor]) -> dict:
+    """The default detector, with and without its network, on local denoisers of every data set: traps of amplitude 0.4."""
+    settings, totals = rules(pack), {}
+    for data_name, images in sets.items():
+        images = images[:: len(images) // LOCAL_IMAGES]
+        for number, (reach, parameterization) in enumerate(itertools.product(REACHES, (*PARAMETERIZATIONS, SHIFTED))):
+            for case, model, truth in trapped_and_clean(images, parameterization, number, (0.4,)):
+                model.model.denoiser = LocalDenoiser(images, reach)
+                for name in ("score dynamics", HAND_MADE):
+                    with hand_made_rule(pack) if name == HAND_MADE else contextlib.nullcontext():
+                        found = guarded_run(pack, model, settings[name], number).record.regions
+                    for key in (f"{data_name}, {name}", f"reach {reach:g}, {name}", f"all, {name}"):
+                        totals.setdefault(key, {}).setdefault(case, Score()).add(found, truth)
+        print(f"{data_name}: {describe(totals[f'{data_name}, score dynamics'])}", flush=True)
+    return {key: describe(cases) for key, cases in totals.items()}
+
+
 def sweep(pack, images: torch.Tensor) -> dict:
     """The default detector by steps, schedule, CFG and sensitivity: traps of amplitude 0.4, one seed, both kinds."""
     options = pack.nodes.asced.options
@@ -150,5 +174,5 @@ def run(pack, output: Path, data: Path | None, cifar: Path | None = None) -> dic
     sets = data_sets(data, cifar)
     return {
         "rules": compare_rules(pack, sets), "rules, latents": compare_rules(pack, latent_sets(cifar), LATENT_UNIT),
-        "sweep of the default, shapes": sweep(pack, sets["shapes"]),
+        "local denoisers": local_denoisers(pack, sets), "sweep of the default, shapes": sweep(pack, sets["shapes"]),
     }

@@ -34,7 +34,7 @@ WIDTH, STEPS, BATCH, RATE = 32, 8000, 32, 5e-3
 0.93 / 0.96 / 0.98, and clean pictures were flagged less."""
 LOST, TRAPPED, DICE = 0.25, 1.5, 0.2
 """Weight of a pixel where a trap stood and lost, of one in a trap that holds, and of the Dice loss beside cross-entropy."""
-FALLEN_SHARE, DEMO_SHARE = 2.5, 4.0
+FALLEN_SHARE, SHARES = 2.5, {"demo": 4.0, "local": 2.0}
 """How many times more often than others a sample that fell into an attractor, and one of the demo model, is drawn. With twice
 and 47 of its batches instead of 112, 25 of 336 clean pictures of the demo model were flagged instead of 7."""
 FARTHEST = 20.0
@@ -90,7 +90,7 @@ def fit(batches: list[dict], seed: int = 0, steps: int = STEPS, width: int = WID
     lost = torch.cat([batch["stood"] & ~batch["truth"] for batch in batches])
     share = torch.cat([
         torch.where(b["truth"].flatten(1).any(1) & (b["what"] == "attractor"), FALLEN_SHARE, 1.0)
-        * (DEMO_SHARE if b["set"] == "demo" else 1.0) for b in batches
+        * SHARES.get(b["set"], 1.0) for b in batches
     ])
     weights = new_weights(maps[torch.randperm(len(maps))[:1500]], width)
     learned = [value.requires_grad_() for name, value in weights.items() if name not in ("mean", "std")]

@@ -17,6 +17,7 @@ import comfy.samplers
 
 from ..exact.denoiser import ExactDenoiser
 from ..exact.images import as_latents, cifar10, shape_images
+from ..exact.local import LocalDenoiser
 from ..exact.model import conditioning, exact_model, sample
 from ..exact.trap_families import one_per_sample
 from ..exact.truth import fell
@@ -28,6 +29,8 @@ from .exact_runs import BATCH, SIZE
 DECIDED = 1.15
 """Runs are left at this noise ratio: the window is over, and who has fallen by then has fallen."""
 CIFAR_IMAGES = 20_000
+LOCAL = 5000
+"""Added to the number of a batch of local denoisers where it is a seed: other pictures and noise than the exact ones'."""
 
 
 class Left(Exception):
@@ -145,6 +148,33 @@ def exact_run(number: int, pictures: Pictures, coarse: bool = False) -> dict:
     return {
         "what": what, "set": name if unit == 1.0 else "latents", "estimates": recorder.estimates, "ratios": recorder.ratios,
         "truth": truth, "stood": stood, "kinds": kinds,
+    }
+
+
+def local_run(number: int, pictures: Pictures) -> dict:
+    """One batch of a denoiser that works patch by patch (exact/local.py), as far-sighted as trained networks are or more."""
+    draw = random.Random(30_000 + number)
+    name, kind = draw.choice(["shapes", "fashion", "cifar"]), draw.choice(["eps", "flow", "flow3"])
+    images, unit = drawn_images(draw, LOCAL + number, pictures, name, draw.choice([150, 300, 300, 600]))
+    sampling, conds, labels = drawn_sampling(draw), {}, None
+    if draw.random() < 0.4:
+        labels = torch.arange(len(images)) % 2
+        conds = {"cfg": draw.choice([1.5, 2.5, 2.5, 4.0]), "positive": conditioning(0), "negative": conditioning()}
+    reach, least = 2.2 * (8.0 / 2.2) ** draw.random(), 0.7 + 0.8 * draw.random()
+    denoiser = LocalDenoiser(images, reach, 0.5 + 0.4 * draw.random(), least, labels=labels)
+    traps, truth, kinds = [], torch.zeros(BATCH, SIZE, SIZE, dtype=torch.bool), []
+    if number % 2:
+        planted = wide_traps("scripted", 2**22 + number, (SIZE, SIZE), BATCH, images.shape[1], unit)
+        kinds = [(trap.shape, trap.pattern) for trap in planted]
+        traps, truth = one_per_sample([t.trap for t in planted]), torch.cat([t.trap.mask for t in planted])
+    settings = {"shift": 3.0} if kind == "flow3" else None
+    model = exact_model(images, kind[:4], traps=traps, sampling_settings=settings, denoiser=denoiser)
+    recorder = Recorder(ratios_of(model, sampling))
+    with torch.inference_mode(), suppress(Left):
+        sample(model, seed=LOCAL + number, latent=(BATCH, images.shape[1], SIZE, SIZE), callback=recorder, **sampling, **conds)
+    return {
+        "what": "scripted" if number % 2 else "clean", "set": "local", "estimates": recorder.estimates,
+        "ratios": recorder.ratios, "truth": truth, "stood": truth, "kinds": kinds,
     }
 
 

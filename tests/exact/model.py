@@ -80,14 +80,18 @@ class ExactModel(comfy.model_base.BaseModel):
 
     def _denoise(self, cond, x, a, b, label):
         """The trapped estimate of one cond's samples; scripted traps have a state for each cond."""
-        denoised = mixture_with_traps(self.denoiser, self.attractors, x, a, b, label)
+        if self.attractors:
+            denoised = mixture_with_traps(self.denoiser, self.attractors, x, a, b, label)
+        else:
+            denoised = self.denoiser.denoise(x, a, b, label)
         for number, trap in enumerate(self.scripted):
             denoised = trap.play(denoised, b / a, self.states.setdefault((cond, number), []))
         return denoised
 
 
-def exact_model(images, parameterization="eps", kernel_width=0.05, traps=(), labels=None, sampling_settings=None):
-    """A ModelPatcher around the exact denoiser of `images`.
+def exact_model(images, parameterization="eps", kernel_width=0.05, traps=(), labels=None, sampling_settings=None,
+                denoiser=None):
+    """A ModelPatcher around the exact denoiser of `images`, or another one that stands in for it (local.py).
 
     parameterization: eps, v (both x = x0 + sigma*eps on SD's noise schedule), edm (the same on EDM's) or flow
     (x = (1 - sigma)*x0 + sigma*eps).
@@ -105,7 +109,7 @@ def exact_model(images, parameterization="eps", kernel_width=0.05, traps=(), lab
 
     config = PixelConfig({"disable_unet_model_creation": True})
     config.sampling_settings = dict(sampling_settings or {})
-    denoiser = ExactDenoiser(images, kernel_width, labels)
+    denoiser = denoiser or ExactDenoiser(images, kernel_width, labels)
     model = ExactModel(config, MODEL_TYPES[parameterization], denoiser, traps)
     patcher = comfy.model_patcher.ModelPatcher(
         model, load_device=comfy.model_management.get_torch_device(), offload_device=torch.device("cpu"))
