@@ -1,4 +1,6 @@
-"""Runs from which the default detector's network learns: develop traps and clean runs, exact denoisers and the demo model.
+"""Runs from which the default detector's network learns: develop traps and clean runs of exact and of local denoisers.
+
+And runs of the demo model, a trained network, from which it does not learn and by which it is judged.
 
 Each number is one batch of a data set, parameterization, schedule, sampler and kind of trap drawn from it. The traps are
 those of wide_traps.py. Nothing of the held-out split is in it, no test image of CIFAR-10, and none of the pictures of
