@@ -28,7 +28,7 @@ from .signals import Signals
 
 WEIGHTS = Path(__file__).with_name("trap_net.safetensors")
 
-LIMIT = 0.0
+LIMIT = -0.5
 """Logit at which a place is called abnormal. Of 336 clean pictures of the demo model that no fit had seen 7 are flagged (at 0,
 4; by the network before this one 10), and of 113 attractor traps of wide_traps.py 104 are repaired (101)."""
 

@@ -33,6 +33,7 @@ DECIDED = 1.15
 CIFAR_IMAGES = 20_000
 LOCAL = 5000
 """Added to the number of a batch of local denoisers where it is a seed: other pictures and noise than the exact ones'."""
+CLASSES = 520
 
 
 class Left(Exception):
@@ -153,13 +154,26 @@ def exact_run(number: int, pictures: Pictures, coarse: bool = False) -> dict:
     }
 
 
+def alike(images: torch.Tensor, count: int, draw: random.Random) -> torch.Tensor:
+    """Labels (N,) of classes of images that look alike from afar: each that of the nearest of `count` of them."""
+    seen = F.adaptive_avg_pool2d(images, 4).flatten(1)
+    return torch.cdist(seen, seen[draw.sample(range(len(images)), count)]).argmin(1)
+
+
 def local_run(number: int, pictures: Pictures) -> dict:
-    """One batch of a denoiser that works patch by patch (exact/local.py), as far-sighted as trained networks are or more."""
+    """One batch of a denoiser that works patch by patch (exact/local.py), as far-sighted as trained networks are or more.
+
+    From CLASSES on every sample is drawn from a class of its own with strong guidance, as people do.
+    """
     draw = random.Random(30_000 + number)
     name, kind = draw.choice(["shapes", "fashion", "cifar"]), draw.choice(["eps", "flow", "flow3"])
     images, unit = drawn_images(draw, LOCAL + number, pictures, name, draw.choice([150, 300, 300, 600]))
     sampling, conds, labels = drawn_sampling(draw), {}, None
-    if draw.random() < 0.4:
+    if number >= CLASSES:
+        labels = alike(images, draw.choice([4, 8, 8, 12]), draw)
+        wanted = [conditioning(int(labels[draw.randrange(len(images))]))[0][0] for _ in range(BATCH)]
+        conds = {"cfg": draw.choice([1.0, 2.5, 4.0, 6.0, 8.0]), "positive": [[torch.cat(wanted), {}]], "negative": conditioning()}
+    elif draw.random() < 0.4:
         labels = torch.arange(len(images)) % 2
         conds = {"cfg": draw.choice([1.5, 2.5, 2.5, 4.0]), "positive": conditioning(0), "negative": conditioning()}
     reach, least = 2.2 * (8.0 / 2.2) ** draw.random(), 0.7 + 0.8 * draw.random()

@@ -35,19 +35,26 @@ class LocalDenoiser:
 
     def denoise(self, x, a, b, label=None):
         """D(x) for x = a*x0 + b*eps, (B, C, H, W). a and b (B, 1), all equal; label None or (B,), -1 takes all images."""
-        count, channels, height, width = x.shape
         a, b = (float(torch.as_tensor(value).flatten()[0]) for value in (a, b))
+        if label is None or self.labels is None:
+            return self._mean(x, a, b, self.pixels, self.norms)
+        denoised = torch.empty(x.shape, device=x.device)
+        for wanted in label.unique().tolist():
+            rows, images = label == wanted, (self.labels == wanted) | (wanted < 0)
+            denoised[rows] = self._mean(x[rows], a, b, self.pixels[:, images], self.norms[:, images])
+        return denoised
+
+    def _mean(self, x, a, b, images, norms):
+        """The posterior mean for images (HW, N, C) of squared pixels norms (HW, N)."""
+        count, channels, height, width = x.shape
         v = a**2 * self.kernel_width**2 + b**2
         pixels = x.float().permute(2, 3, 0, 1).flatten(0, 1)  # (HW, B, C)
-        log = (a * pixels @ self.pixels.mT - 0.5 * a**2 * self.norms[:, None]) / v  # (HW, B, N)
+        log = (a * pixels @ images.mT - 0.5 * a**2 * norms[:, None]) / v  # (HW, B, N)
         spread = max(self.least, self.reach * (b / max(a, 1e-6))**self.power)
         log = _window(height, spread).to(log) @ log.reshape(height, -1)
         log = _window(width, spread).to(log) @ log.reshape(height, width, -1)
-        log = log.reshape(height * width, count, -1)
-        if label is not None and self.labels is not None:
-            barred = (self.labels.to(label)[None] != label[:, None]) & (label[:, None] >= 0)
-            log = log.masked_fill(barred.to(log.device), -torch.inf)
-        mean = (a * self.kernel_width**2 * pixels + b**2 * (log.softmax(-1) @ self.pixels)) / v
+        weights = log.reshape(height * width, count, -1).softmax(-1)
+        mean = (a * self.kernel_width**2 * pixels + b**2 * (weights @ images)) / v
         return mean.reshape(height, width, count, channels).permute(2, 3, 0, 1)
 
 
