@@ -81,6 +81,7 @@ class DynamicsDetector(Detector):
 
     auto_window = (8.0, 1.6)
     lead = 2
+    weak = WEAK
 
     def __init__(
         self, options: AscedOptions, sensitivity: float, shorter_side: int, travel: torch.Tensor | None = None
@@ -136,7 +137,7 @@ class DynamicsDetector(Detector):
         regions = self.peak > 1.0
         suspected = bool(regions.any())
         if suspected:
-            weak = open_square(self.peak > WEAK, self.thinnest)
+            weak = open_square(self.peak > self.weak, self.thinnest)
             regions = grow_from(support_in_time(regions, frames_per_sample), weak)
             regions = keep_regions(close_square(regions, self.gap), self.options)
         return Findings(regions, self.peak, self.onset, suspected)
