@@ -141,10 +141,8 @@ def test_fit_learns_where_traps_lie():
 
 
 def test_demo_model():
-    """Traps planted in the shipped model's estimates are found, its clean runs left alone: better than by the rule alone.
-
-    Numbers that took no part in the fit. Measured there: none of 32 clean pictures flagged, 8 by the rule alone.
-    """
+    """A trained network that the fit did not know: traps planted in its estimates are found, its clean runs left alone, and
+    better than by the rule alone."""
     from tests.bench.detection import Score
     from tests.bench.trap_runs import demo_run
     from tests.bench.trap_runs import watched as watched_run
@@ -157,5 +155,5 @@ def test_demo_model():
             (trapped if run["what"] == "scripted" else clean).add(found, run["truth"])
     (trapped, clean), (rule_trapped, rule_clean) = scores.values()
     assert trapped.f1 > 0.85 and trapped.f1 > rule_trapped.f1
-    assert clean.right >= 0.85 and clean.right >= rule_clean.right
+    assert clean.right >= 0.93 and clean.right > rule_clean.right
     assert clean.false < 0.005 * clean.pixels
