@@ -94,12 +94,12 @@ def make_model(images: torch.Tensor, parameterization: str, **more):
     return exact_model(images, parameterization, **more)
 
 
-def trapped_and_clean(images: torch.Tensor, parameterization: str, seed: int, amplitudes=AMPLITUDES, unit: float = 1.0):
+def trapped_and_clean(images: torch.Tensor, parameterization: str, seed: int, amplitudes=AMPLITUDES, unit: float = 1.0, **more):
     """(case, model, truth) of a seed: scripted traps of each amplitude, in units of `unit`, and the clean model."""
     for amplitude in amplitudes:
         traps, truth = trapped_batch("scripted", "held out", seed, images, amplitude=unit * amplitude)
-        yield amplitude, make_model(images, parameterization, traps=traps), truth
-    yield "clean", make_model(images, parameterization), torch.zeros_like(truth)
+        yield amplitude, make_model(images, parameterization, traps=traps, **more), truth
+    yield "clean", make_model(images, parameterization, **more), torch.zeros_like(truth)
 
 
 def compare_rules(pack, sets: dict[str, torch.Tensor], unit: float = 1.0) -> dict:
@@ -135,8 +135,8 @@ def local_denoisers(pack, sets: dict[str, torch.Tensor]) -> dict:
     for data_name, images in sets.items():
         images = images[:: len(images) // LOCAL_IMAGES]
         for number, (reach, parameterization) in enumerate(itertools.product(REACHES, (*PARAMETERIZATIONS, SHIFTED))):
-            for case, model, truth in trapped_and_clean(images, parameterization, number, (0.4,)):
-                model.model.denoiser = LocalDenoiser(images, reach)
+            denoiser = LocalDenoiser(images, reach)
+            for case, model, truth in trapped_and_clean(images, parameterization, number, (0.4,), denoiser=denoiser):
                 for name in ("score dynamics", HAND_MADE):
                     with hand_made_rule(pack) if name == HAND_MADE else contextlib.nullcontext():
                         found = guarded_run(pack, model, settings[name], number).record.regions

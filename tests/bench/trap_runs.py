@@ -34,6 +34,7 @@ CIFAR_IMAGES = 20_000
 LOCAL = 5000
 """Added to the number of a batch of local denoisers where it is a seed: other pictures and noise than the exact ones'."""
 CLASSES = 520
+"""From this number on batches of local denoisers have classes and strong guidance."""
 
 
 class Left(Exception):

@@ -16,6 +16,7 @@ trained model, below 2 nothing holds them together.
 
 import torch
 
+
 class LocalDenoiser:
     """Patchwise posterior mean of `images` (N, C, H, W); stands in for ExactDenoiser where no trap is an attractor.
 

@@ -32,8 +32,8 @@ TRAP_AT = 6.5
 SQUARE = (slice(8, 14), slice(12, 18))
 ELSEWHERE = (slice(2, 7), slice(1, 6))
 PUBLISHED_SENSITIVITY, OWN_SENSITIVITY = 0.2, 0.5
-"""At these the detectors find the trap and nothing else with every sampler. At 1 the pack's own one finds it too, and in 3 of
-120 clean samples flags something: three of the samplers in 12 steps of a flow model."""
+"""At these the detectors find the trap and nothing else with every sampler. At 1 an earlier network found it too, and in 3 of
+120 clean samples flagged something: three of the samplers in 12 steps of a flow model."""
 
 
 def images(count=120):

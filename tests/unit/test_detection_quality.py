@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.bench.detection import Score
-from tests.bench.exact_runs import BATCH, guarded_run, trapped_batch
+from tests.bench.exact_runs import BATCH, guarded_run, hand_made_rule, trapped_batch
 from tests.exact.denoiser import ExactDenoiser
 from tests.exact.images import shape_images
 from tests.exact.local import LocalDenoiser
@@ -41,8 +41,6 @@ def test_planted_traps_are_found_and_clean_runs_left_alone(images, kind):
 @pytest.mark.parametrize("kind", ["eps", "flow"])
 def test_denoisers_that_invent_are_left_alone_too(images, kind):
     """Patch by patch, as trained networks work: traps are found, and clean runs left alone, of which the rule flags some."""
-    from tests.bench.exact_runs import hand_made_rule
-
     def found(traps, seed):
         model = exact_model(images, kind, traps=traps, denoiser=LocalDenoiser(images[:200], reach=5.0))
         return guarded_run(artifact_guard, model, LOOK, seed, steps=20).record.regions
