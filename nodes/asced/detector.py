@@ -53,9 +53,9 @@ class Detector(ABC):
         """Told how far D went between every two steps, the largest channel (F, H, W): before the window too, and after
         the steps were observed."""
 
-    def sure(self, peak: torch.Tensor) -> torch.Tensor:
-        """Where a score (F, H, W) leaves no doubt, bool. Nowhere, unless a detector knows better."""
-        return torch.zeros_like(peak, dtype=torch.bool)
+    def sure(self, peak: torch.Tensor) -> torch.Tensor | None:
+        """Where a score (F, H, W) leaves no doubt, bool. None, unless a detector can tell."""
+        return None
 
     @abstractmethod
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:

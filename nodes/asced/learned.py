@@ -7,9 +7,9 @@ planted traps and clean runs by `python dev.py train-trap-net`, says where they 
 channel and no pixel of the latent: only ratios within one frame, on a grid of at most 32 cells along the shorter side.
 It was fitted on no trained network, so that the demo model tells what to expect of one that it does not know.
 
-The network was fitted on whole windows of whole pictures. Where a run enters late (image to image), the user's window ends
-early, a second round looks at what is left, the steps are too few to tell (BEGINS, ENDS, LEAST_CHANGES), or a part of the
-picture is kept (inpainting: its edges lock in from the start), the hand-made rule judges alone.
+The network was fitted on runs from pure noise, on such as enter late, from a picture or from where another sampler left
+off, which it sees on a scale of its own (signals.py), and on inpainting, where it knows what is kept. Where the user's window ends
+early, or the steps are too few to tell (ENDS, LEAST_CHANGES), the hand-made rule judges alone.
 """
 
 import functools
@@ -25,7 +25,7 @@ from ...kernels.local_net import local_net
 from .detector import NEVER
 from .dynamics import DynamicsDetector
 from .estimate import Estimate
-from .signals import Signals
+from .signals import LATE, Signals
 
 WEIGHTS = Path(__file__).with_name("trap_net.safetensors")
 
@@ -49,9 +49,8 @@ SURE = math.exp((6.8 - LIMIT) / SOFTNESS)
 into reached it, and 2 of the 70 sound places flagged beside them; with a later one a logit of 2.2 repaired no more and
 harmed more (8 of 638 sound samples instead of 5)."""
 
-BEGINS, ENDS, LEAST_CHANGES = 5.0, 2.6, 3
-"""A whole window: its first change began at this noise ratio b / a or above, its last ended at this one or below, and
-there were at least that many."""
+ENDS, LEAST_CHANGES = 2.6, 3
+"""The network judges windows of so many changes or more whose last ended at this noise ratio b / a or below."""
 
 
 @functools.lru_cache(maxsize=None)
@@ -62,31 +61,38 @@ def trap_net(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 class LearnedDetector(DynamicsDetector):
-    """See the module. Beside the hand-made rule's state it keeps eight maps and three estimates on the grid."""
+    """See the module. Beside the hand-made rule's state it keeps eight maps and three estimates on the grid, and how far each
+    pixel had come where the window begins late."""
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
         self.signals = Signals()
-        self.began, self.ended = -math.inf, math.inf
+        self.travel_before: torch.Tensor | None = None
+        self.ended = math.inf
         self.asked = False
 
-    def sure(self, peak: torch.Tensor) -> torch.Tensor:
-        return peak >= self.sensitivity * SURE if self.asked else super().sure(peak)
+    def sure(self, peak: torch.Tensor) -> torch.Tensor | None:
+        return peak >= self.sensitivity * SURE if self.asked else None
+
+    def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
+        if not self.past and previous.position < math.log(LATE):
+            self.travel_before = self.travel
+        super().observe(previous, current, valid)
 
     def gather(self, velocity: torch.Tensor, start: float, current: Estimate) -> None:
         self.signals.add(velocity, start, current.position, current.denoised)
-        self.began, self.ended = max(self.began, start), current.position
+        self.ended = current.position
 
     def maps(self) -> torch.Tensor | None:
-        """Conclude as the hand-made rule does; then the signals for the network, (F, K, h, w), or None if the window
-        or the picture was not a whole one."""
+        """Conclude as the hand-made rule does; then the signals for the network, (F, K, h, w), or None if it is
+        not to judge this window."""
         straggler = None if self.peak is None else self.peak / self.sensitivity
         super().conclude()
-        whole = self.began >= math.log(BEGINS) and self.ended <= math.log(ENDS) and self.signals.changes >= LEAST_CHANGES
-        if not whole or self.valid is not None or self.burst is None or self.travel is None:
+        if self.ended > math.log(ENDS) or self.signals.changes < LEAST_CHANGES:
             return None
         straggler = torch.zeros_like(self.burst) if straggler is None else straggler
-        return self.signals.maps(self.travel, self.burst / self._usual_burst(), straggler, self.burst_at)
+        travel = self.travel if self.travel_before is None else self.travel - self.travel_before
+        return self.signals.maps(travel, self.burst / self._usual_burst(), straggler, self.burst_at, self.valid)
 
     def conclude(self) -> None:
         maps = self.maps()
@@ -99,4 +105,6 @@ class LearnedDetector(DynamicsDetector):
         limit = LIMIT if self.signals.changes >= MANY_CHANGES else LIMIT + CAUTION
         self.weak = math.exp((EXTENT - LIMIT) / SOFTNESS)
         self.peak = self.sensitivity * torch.exp((logit - limit) / SOFTNESS).clamp(max=HIGHEST)
+        if self.valid is not None:
+            self.peak = self.peak.masked_fill(~self.valid, 0.0)
         self.onset = torch.where((self.onset == NEVER) & (self.peak > 1), self.burst_at, self.onset)

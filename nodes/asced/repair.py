@@ -25,7 +25,7 @@ class Repair:
     """A repair that the run was restarted with.
 
     x, denoised: the sampler's tensors (B, ...) before it. The rest is (F, H, W) bool: regions, what was found; mask, what was
-    renoised; sure, where the detector has no doubt. artifact: the frames of D before it. falling: what of it fell back by the
+    renoised; sure, where the detector has no doubt, None if it cannot tell. artifact: the frames of D before it. falling: what of it fell back by the
     model's last answer, and that answer in frames; None where nothing is to be drawn again.
     settled: no more answers need be looked at.
     """
@@ -35,7 +35,7 @@ class Repair:
     denoised: torch.Tensor
     regions: torch.Tensor
     mask: torch.Tensor
-    sure: torch.Tensor
+    sure: torch.Tensor | None
     artifact: torch.Tensor
     verified: bool = False
     settled: bool = False
@@ -74,17 +74,21 @@ class Repair:
         return where, put_back(self.x, estimate.x), put_back(self.denoised, estimate.denoised)
 
     def look_back(self, estimate: Estimate) -> None:
-        """See by an answer of the model, as the sampler has it, which regions are to be drawn again: those that fell back and
-        that the detector was sure of. What it doubted and what comes back is more often sound."""
+        """See by an answer of the model, as the sampler has it, which regions are to be drawn again, if the detector can tell."""
         self.falling = None
-        if self.redraws == REDRAWS or estimate.ratio < REDRAW_DOWN_TO or not bool(self.sure.any()):
+        if self.redraws == REDRAWS or estimate.ratio < REDRAW_DOWN_TO or self.sure is None or not bool(self.sure.any()):
             self.settled = True
             return
         denoised = self.layout.frames(estimate.denoised)
+        again = self.to_draw_again(denoised)
+        if bool(again.any()):
+            self.falling = again, denoised
+
+    def to_draw_again(self, denoised: torch.Tensor) -> torch.Tensor:
+        """The regions, by a clean estimate (F, C, H, W), that fell back and of which the detector was sure, (F, H, W) bool; all that
+        fell back if it cannot tell. What it doubted and what comes back is more often sound."""
         back = self.fallen_back(denoised)
-        back &= count_in_region(label_regions(back), back & self.sure) > 0
-        if bool(back.any()):
-            self.falling = back, denoised
+        return back if self.sure is None else back & (count_in_region(label_regions(back), back & self.sure) > 0)
 
     def fallen_back(self, denoised: torch.Tensor) -> torch.Tensor:
         """What of the repair has become again what it was, by a clean estimate (F, C, H, W): (F, H, W) bool."""

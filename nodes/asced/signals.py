@@ -13,6 +13,11 @@ detail 4, 1  the same for the difference from the mean of the four neighbours
 distance 8, 4   log of |D now - D then|, over a sixth of the frame's mean travel
 deviation    |D - its frame's mean| in units of the contrast
 coupling     the part of all changes that the four neighbours made too: 1 where a place moves with its surroundings
+kept         the share of the cell that the run may not change (inpainting); means over a frame leave it out
+began        ln(b / a) where the window began, or that of LATE if that was earlier
+
+A run that enters late, at a noise ratio below LATE (image to image), is seen on a scale of its own: the ratios above are moved
+to the same places between where it begins and where its window ends.
 """
 
 import math
@@ -25,9 +30,13 @@ EDGES = (12.0, 8.0, 5.6, 4.0, 2.9, 2.15, 1.5)
 THEN = (9.0, 4.5)
 """The structure is looked at in the first estimates at or below these noise ratios."""
 
+LATE = 5.0
+LATE_FALL = 1.6
+"""The window of a late run is taken to end at EDGES[-1], or where its noise ratio has fallen by this factor."""
+
 NAMES = (
     *(f"travel {i}" for i in range(1, len(EDGES))), "travel", "burst", "straggler", "when", "edge 8", "edge 4", "edge 1",
-    "broad 8", "broad 1", "detail 4", "detail 1", "distance 8", "distance 4", "deviation", "coupling",
+    "broad 8", "broad 1", "detail 4", "detail 1", "distance 8", "distance 4", "deviation", "coupling", "kept", "began",
 )
 LEAST = 0.02
 TINY = 1e-9
@@ -37,6 +46,8 @@ class Signals:
     """Gathers the maps of one window. State: the travel of six spans, two sums and three estimates, all on the grid."""
 
     def __init__(self):
+        self.edges: tuple[float, ...] = ()
+        self.looks: tuple[float, ...] = ()
         self.spans: list[torch.Tensor | float] = [0.0] * (len(EDGES) - 1)
         self.then: dict[float, torch.Tensor] = {}
         self.now: torch.Tensor | None = None
@@ -46,24 +57,31 @@ class Signals:
 
     def add(self, velocity: torch.Tensor, start: float, end: float, denoised: torch.Tensor) -> None:
         """Take in V_t (F, C, H, W) of the change from ln(b / a) = start to end, and the estimate it led to."""
+        if not self.changes:
+            self.began = min(start, math.log(LATE))
+            self.edges, self.looks = (scaled_to(start, ratios) for ratios in (EDGES, THEN))
         rate = on_grid(velocity.abs().mean(dim=1))
-        for span, (high, low) in enumerate(zip(EDGES, EDGES[1:])):
-            shared = min(start, math.log(high)) - max(end, math.log(low))
+        for span, (high, low) in enumerate(zip(self.edges, self.edges[1:])):
+            shared = min(start, high) - max(end, low)
             if shared > 0:
                 self.spans[span] = self.spans[span] + rate * shared
         change = on_grid(velocity) * (start - end)
         self.shared = self.shared + (change * neighbours(change)).mean(1)
         self.moved = self.moved + change.square().mean(1)
         self.now = on_grid(denoised.float())
-        for ratio in THEN:
-            if ratio not in self.then and end <= math.log(ratio):
-                self.then[ratio] = self.now
+        for look in self.looks:
+            if look not in self.then and end <= look:
+                self.then[look] = self.now
         self.changes += 1
 
-    def maps(self, travel, burst, straggler, when) -> torch.Tensor:
-        """The maps NAMES, (F, K, h, w) float32. travel, burst, straggler: (F, H, W) at full size; when: noise ratio b / a."""
+    def maps(self, travel, burst, straggler, when, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """The maps NAMES, (F, K, h, w) float32. travel, burst, straggler: (F, H, W) at full size; when: noise ratio b / a;
+        valid: (F, H, W) bool, what is not kept."""
+        share = torch.ones_like(self.now[:, 0]) if valid is None else on_grid(valid.float())
+        weight = share / share.mean((1, 2), keepdim=True).clamp(min=TINY)
+
         def mean(values):
-            return values.mean((1, 2), keepdim=True)
+            return (values * weight).mean((-2, -1), keepdim=True)
 
         spans = [span + torch.zeros_like(self.now[:, 0]) for span in self.spans]
         scale = mean(sum(spans)).clamp(min=TINY) / len(spans)
@@ -72,16 +90,26 @@ class Signals:
         maps.append(torch.log(travel / mean(travel).clamp(min=TINY) + LEAST))
         maps += [torch.log(on_grid(score).clamp(min=0.0) + LEAST) for score in (burst, straggler)]
         maps.append(on_grid(when).clamp(1.0, EDGES[0]).log())
-        then = [self.then.get(ratio, self.now) for ratio in THEN]
-        away = self.now - self.now.mean((2, 3), keepdim=True)
-        contrast = away.square().mean((1, 2, 3)).sqrt().clamp(min=TINY)[:, None, None]
+        then = [self.then.get(look, self.now) for look in self.looks]
+        away = self.now - (self.now * weight[:, None]).mean((2, 3), keepdim=True)
+        contrast = mean(away.square().mean(1)).sqrt().clamp(min=TINY)
         maps += [torch.log(edges(x) / contrast + LEAST) for x in (*then, self.now)]
         maps += [torch.log(broad_edges(x) / contrast + LEAST) for x in (then[0], self.now)]
         maps += [torch.log((x - neighbours(x)).abs().mean(1) / contrast + LEAST) for x in (then[1], self.now)]
         maps += [torch.log((self.now - x).abs().mean(1) / scale + LEAST) for x in then]
         maps.append(away.abs().mean(1) / contrast)
         maps.append(self.shared / (self.moved + LEAST * mean(self.moved)).clamp(min=TINY**2))
+        maps += [1.0 - share, torch.full_like(share, self.began)]
         return torch.stack(maps, dim=1)
+
+
+def scaled_to(start: float, ratios: tuple[float, ...]) -> tuple[float, ...]:
+    """ln of the noise ratios, in a run that begins at ln(b / a) = start below LATE moved to the same places of its window."""
+    if start >= math.log(LATE):
+        return tuple(math.log(ratio) for ratio in ratios)
+    end = min(math.log(EDGES[-1]), start - math.log(LATE_FALL))
+    length = (start - end) / math.log(EDGES[0] / EDGES[-1])
+    return tuple(end + length * math.log(ratio / EDGES[-1]) for ratio in ratios)
 
 
 def grid_of(size: tuple[int, int]) -> tuple[int, int]:

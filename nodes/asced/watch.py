@@ -166,15 +166,16 @@ class Watch:
         return (None, None, None) if repaired is None else (repaired, findings.regions, mask)
 
     def _findings(self, now: Estimate) -> Findings | None:
-        """What the round's detector found; in later rounds also the repaired regions that fell back."""
+        """What the round's detector found; in later rounds that outside of what was repaired, which moves because it was, and the
+        repaired regions that fell back and are to be drawn again."""
         findings = self.detector.findings(self.layout.frames_per_sample)
         if self.repair is None:
             return findings
-        back = self.repair.fallen_back(now.denoised)
+        again = self.repair.to_draw_again(now.denoised)
         if findings is None:  # the sample was renoised at every step, so that none could be compared
-            nothing = torch.zeros(back.shape, device=back.device)
-            return Findings(back, nothing, nothing, suspected=True)
-        return findings._replace(regions=findings.regions | back, suspected=True)
+            nothing = torch.zeros(again.shape, device=again.device)
+            return Findings(again, nothing, nothing, suspected=True)
+        return findings._replace(regions=(findings.regions & ~self.repair.mask) | again, suspected=True)
 
     def _repaired(self, now: Estimate, mask: torch.Tensor) -> torch.Tensor:
         """The frames (F, C, H, W) renoised inside the mask, as the chosen correction does it."""

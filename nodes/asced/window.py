@@ -6,6 +6,8 @@ from dataclasses import dataclass
 MIN_STEPS = 3
 """One change needs two estimates, and after the repair there has to be a step left to use it."""
 
+LATE_CHANGES = 3
+"""So many changes a run that enters late is watched for, if it has them: of fewer no detector can say much."""
 
 ROUNDING = 1e-6
 """0.29 of 100 steps is step 29, though 0.29 * 100 is a little less than that."""
@@ -39,8 +41,8 @@ def plan_window(
         window: "manual" takes the two fractions of the run's steps. "auto" ignores them: it looks from `lead`
             steps before the first one at or below the detector's first noise ratio, so that the changes from there on
             can be compared with what went before, and repairs at the last step not below its second. A run that starts
-            below that (img2img, a second stage) is looked at from its first step on and repaired after a quarter of
-            its steps.
+            below its first (img2img, a second stage) is looked at from its first step on, and for at least a quarter of
+            its steps and LATE_CHANGES of them.
         between, lead: where the detector looks, see Detector.
 
     Returns:
@@ -64,7 +66,8 @@ def plan_window(
             )
         return Window(first, correct)
     early = [i for i, ratio in enumerate(ratios) if ratio >= between[1]]
-    correct = min(max(early[-1] if early else steps // 4, 2), last)
+    least = max(steps // 4, LATE_CHANGES) if ratios[0] < between[0] else 2
+    correct = min(max(early[-1] if early else 0, least), last)
     visible = sum(ratio > between[0] for ratio in ratios)
     first = max(0, min(visible - lead, correct - 3))
     return Window(first, correct)

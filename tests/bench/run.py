@@ -21,6 +21,7 @@ import torch
 BENCHMARKS = {
     "demo": ("demo_quality", "the demo model: does it draw what is asked, and how fast"),
     "detection": ("detection", "Q1: detection of planted traps on the exact denoiser"),
+    "detection_partial": ("detection_partial", "Q1 in image to image, inpainting, and where another sampler left off"),
     "repair": ("repair", "Q2: repair of attractor traps on the exact denoiser"),
     "tag": ("tag", "Q3 and P4: temporal alignment guidance on the exact denoiser, the toy and the demo model, and its cost"),
     "tag_demo": ("tag_demo", "of it the demo model alone"),

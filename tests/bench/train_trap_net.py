@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 SHIPPED = ROOT / "nodes" / "asced" / "trap_net.safetensors"
-EXACT = (*range(600), *range(600, 1000, 2))
-LOCAL = (*range(724), *range(724, 776, 2))
-"""Numbers of the batches of 32: exact denoisers, and those that work patch by patch."""
+EXACT = (*range(600), *range(600, 1000, 2), *range(1000, 1400), *range(1500, 1580))
+LOCAL = (*range(724), *range(724, 776, 2), *range(1000, 1500), *range(1500, 1600))
+"""Numbers of the batches of 32: exact denoisers, and those that work patch by patch. From 1000 on (PARTIAL, HANDED of trap_runs.py)
+runs do not begin from nothing."""
 COARSE = 4
 """Every how manyth batch of an exact denoiser is one of few steps or pictures."""
 WIDTH, STEPS, BATCH, RATE = 32, 7000, 32, 5e-3
@@ -59,7 +60,7 @@ def collected(folder: Path, data: Path | None, cifar: Path) -> list[dict]:
                 pictures = pictures or Pictures(data, cifar)
                 coarse = number % COARSE == COARSE - 1
                 run = exact_run(number, pictures, coarse) if kind == "exact" else local_run(number, pictures)
-                maps = watched(LearnedDetector, run.pop("estimates"), run.pop("ratios")).maps()
+                maps = watched(LearnedDetector, run.pop("estimates"), run.pop("ratios"), run.pop("valid")).maps()
                 torch.save({**run, "maps": None if maps is None else maps.clamp(-FARTHEST, FARTHEST).half()}, path)
                 print(f"{path.name}: {run['set']}, {run['what']}", flush=True)
             batches.append(torch.load(path))

@@ -23,9 +23,10 @@ from ..exact.local import LocalDenoiser
 from ..exact.model import conditioning, exact_model, sample
 from ..exact.trap_families import one_per_sample
 from ..exact.truth import fell
-from ..exact.wide_traps import wide_traps
+from ..exact.wide_traps import JUMP, wide_traps
 from ..harness.cache import cache_folder
 from .data import load_fashion_mnist
+from .entries import Entry, drawn_entry, handed_over, starts, within
 from .exact_runs import BATCH, SIZE
 
 DECIDED = 1.15
@@ -35,6 +36,10 @@ LOCAL = 5000
 """Added to the number of a batch of local denoisers where it is a seed: other pictures and noise than the exact ones'."""
 CLASSES = 520
 """From this number on batches of local denoisers have classes and strong guidance."""
+PARTIAL = 1000
+"""From this number on runs start from a picture, or redraw a part of one (entries.py)."""
+HANDED = 1500
+"""And from this one on they go on where another sampler left off."""
 
 
 class Left(Exception):
@@ -42,23 +47,37 @@ class Left(Exception):
 
 
 class Recorder:
-    """A sampling callback that keeps the estimates and leaves the run at DECIDED."""
+    """A sampling callback that keeps the estimates and leaves the run at DECIDED, or after the window if that ends later.
 
-    def __init__(self, ratios: list[float]):
-        self.ratios, self.estimates = ratios, []
+    ratios: those of all steps; what came before step `first` is not kept.
+    """
+
+    def __init__(self, ratios: list[float], first: int = 0):
+        self.ratios, self.estimates, self.first = ratios[first:], [], first
+        self.leaves_at = min(DECIDED, 0.9 * self.ratios[auto_window(self.ratios).correct_at])
 
     def __call__(self, step, denoised, x, steps):
+        if step < self.first:
+            return
         self.estimates.append(denoised.detach().clone())
-        if self.ratios[step] < DECIDED:
+        if self.ratios[step - self.first] < self.leaves_at:
             raise Left
 
 
-def ratios_of(model, sampling: dict) -> list[float]:
+def auto_window(ratios: list[float]):
+    """The default detector's window of a run."""
+    from artifact_guard.nodes.asced.learned import LearnedDetector
+    from artifact_guard.nodes.asced.window import plan_window
+
+    return plan_window(ratios, "auto", 0.0, 0.0, LearnedDetector.auto_window, LearnedDetector.lead)
+
+
+def ratios_of(model, sampling: dict, denoise: float = 1.0) -> list[float]:
     """b / a at each step of a run."""
     from artifact_guard.nodes.coordinates import coefficients, ratio_of
 
     names = sampling["sampler_name"], sampling["scheduler"]
-    sigmas = comfy.samplers.KSampler(model, sampling["steps"], "cpu", *names, 1.0).sigmas[:-1]
+    sigmas = comfy.samplers.KSampler(model, sampling["steps"], "cpu", *names, denoise).sigmas[:-1]
     model_sampling = model.get_model_object("model_sampling")
     return [ratio_of(*coefficients(model_sampling, sigma)) for sigma in sigmas]
 
@@ -76,6 +95,37 @@ def drawn_sampling(draw: random.Random) -> dict:
         sampling = {"steps": draw.choice([10, 12, 16, 20, 20, 25, 25, 30, 35, 50]), "sampler_name": draw.choice(SAMPLERS)}
         sampling["scheduler"] = draw.choice(["normal", "normal", "simple", "karras", "beta", "sgm_uniform", "exponential"])
     return sampling
+
+
+def record(model, seed: int, sampling: dict, entry: Entry, **conds) -> dict:
+    """Sample a batch: its estimates, S of (B, C, H, W), their ratios, how it began, and what of the frames was redrawn, (B, H, W),
+    None for all."""
+    recorder = Recorder(ratios_of(model, sampling, entry.denoise), entry.first)
+    begin = {"latent": entry.latent, "denoise": entry.denoise, "noise_mask": entry.noise_mask}
+    with torch.inference_mode(), suppress(Left):
+        sample(model, seed=seed, callback=recorder, **begin, **sampling, **conds)
+    return {
+        "estimates": recorder.estimates, "ratios": recorder.ratios, "entry": entry.kind,
+        "valid": None if entry.noise_mask is None else entry.noise_mask[:, 0] > 0,
+    }
+
+
+def entered(draw: random.Random, number: int, images: torch.Tensor, planted: list, bare, sampling: dict) -> tuple[Entry, list]:
+    """How a batch begins, and its traps, moved into the window where it begins late. bare: the model without them."""
+    empty = torch.zeros(BATCH, *images.shape[1:])
+    if number < PARTIAL:
+        return Entry(empty), planted
+    if number < HANDED:
+        entry = drawn_entry(draw, images, BATCH, number, planted)
+        ratios = ratios_of(bare, sampling, entry.denoise)
+    else:
+        ratios = ratios_of(bare, sampling)
+        entry = handed_over(draw, empty, ratios)
+        ratios = ratios[entry.first :]
+    if ratios[0] < JUMP[1]:
+        window = auto_window(ratios)
+        planted = [within(trap, ratios[window.detect_from], ratios[window.correct_at]) for trap in planted]
+    return entry, planted
 
 
 class Pictures:
@@ -131,28 +181,32 @@ def exact_run(number: int, pictures: Pictures, coarse: bool = False) -> dict:
     sampling, weight = drawn_sampling(draw), draw.choice([0.1, 0.2, 0.4, 0.6])
     if coarse:
         sampling["steps"] = draw.choice([8, 10, 12, 12, 16, 20, 25])
-    traps, truth, kinds = [], torch.zeros(BATCH, SIZE, SIZE, dtype=torch.bool), []
+    planted, kinds = [], []
     if what != "clean":
         more = {"weight": weight} if what == "attractor" else more
-        planted = wide_traps(what, 2**20 + number, (SIZE, SIZE), BATCH, images.shape[1], unit, **more)
-        kinds = [(trap.shape, trap.pattern) for trap in planted]
-        traps, truth = one_per_sample([t.trap for t in planted]), torch.cat([t.trap.mask for t in planted])
+        wide = wide_traps(what, 2**20 + number, (SIZE, SIZE), BATCH, images.shape[1], unit, **more)
+        planted, kinds = [w.trap for w in wide], [(w.shape, w.pattern) for w in wide]
     labels, conds = None, {}
     if draw.random() < 0.15:
         labels = torch.arange(len(images)) % 2
         conds = {"cfg": draw.choice([2.0, 4.0, 7.0]), "positive": conditioning(0), "negative": conditioning()}
     settings = {"shift": 3.0} if kind == "flow3" else None
-    model = exact_model(images, kind[:4], traps=traps, labels=labels, sampling_settings=settings)
-    recorder = Recorder(ratios_of(model, sampling))
-    with torch.inference_mode(), suppress(Left):
-        sample(model, seed=number, latent=(BATCH, images.shape[1], SIZE, SIZE), callback=recorder, **sampling, **conds)
-    stood = truth
+    made = {"parameterization": kind[:4], "labels": labels, "sampling_settings": settings}
+    entry, planted = entered(draw, number, images, planted, exact_model(images, **made), sampling)
+    traps = one_per_sample(planted) if planted else []
+    run = record(exact_model(images, traps=traps, **made), number, sampling, entry, **conds)
+    truth = stood = standing(planted, run["valid"])
     if what == "attractor":
-        truth = truth & fell(traps[0], ExactDenoiser(images, 0.05), recorder.estimates[-1])[:, None, None]
-    return {
-        "what": what, "set": name if unit == 1.0 else "latents", "estimates": recorder.estimates, "ratios": recorder.ratios,
-        "truth": truth, "stood": stood, "kinds": kinds,
-    }
+        truth = truth & fell(traps[0], ExactDenoiser(images, 0.05), run["estimates"][-1])[:, None, None]
+    return run | {"what": what, "set": name if unit == 1.0 else "latents", "truth": truth, "stood": stood, "kinds": kinds}
+
+
+def standing(planted: list, valid: torch.Tensor | None) -> torch.Tensor:
+    """Where the traps of a batch stand, one a sample or none at all, (B, H, W) bool: within what was redrawn."""
+    if not planted:
+        return torch.zeros(BATCH, SIZE, SIZE, dtype=torch.bool)
+    stood = torch.cat([trap.mask for trap in planted])
+    return stood if valid is None else stood & valid
 
 
 def alike(images: torch.Tensor, count: int, draw: random.Random) -> torch.Tensor:
@@ -179,74 +233,76 @@ def local_run(number: int, pictures: Pictures) -> dict:
         conds = {"cfg": draw.choice([1.5, 2.5, 2.5, 4.0]), "positive": conditioning(0), "negative": conditioning()}
     reach, least = 2.2 * (8.0 / 2.2) ** draw.random(), 0.7 + 0.8 * draw.random()
     denoiser = LocalDenoiser(images, reach, 0.5 + 0.4 * draw.random(), least, labels=labels)
-    traps, truth, kinds = [], torch.zeros(BATCH, SIZE, SIZE, dtype=torch.bool), []
+    planted, kinds = [], []
     if number % 2:
-        planted = wide_traps("scripted", 2**22 + number, (SIZE, SIZE), BATCH, images.shape[1], unit)
-        kinds = [(trap.shape, trap.pattern) for trap in planted]
-        traps, truth = one_per_sample([t.trap for t in planted]), torch.cat([t.trap.mask for t in planted])
+        wide = wide_traps("scripted", 2**22 + number, (SIZE, SIZE), BATCH, images.shape[1], unit)
+        planted, kinds = [w.trap for w in wide], [(w.shape, w.pattern) for w in wide]
     settings = {"shift": 3.0} if kind == "flow3" else None
-    model = exact_model(images, kind[:4], traps=traps, sampling_settings=settings, denoiser=denoiser)
-    recorder = Recorder(ratios_of(model, sampling))
-    with torch.inference_mode(), suppress(Left):
-        sample(model, seed=LOCAL + number, latent=(BATCH, images.shape[1], SIZE, SIZE), callback=recorder, **sampling, **conds)
-    return {
-        "what": "scripted" if number % 2 else "clean", "set": "local", "estimates": recorder.estimates,
-        "ratios": recorder.ratios, "truth": truth, "stood": truth, "kinds": kinds,
-    }
+    made = {"parameterization": kind[:4], "sampling_settings": settings, "denoiser": denoiser}
+    entry, planted = entered(draw, number, images, planted, exact_model(images, **made), sampling)
+    traps = one_per_sample(planted) if planted else []
+    run = record(exact_model(images, traps=traps, **made), LOCAL + number, sampling, entry, **conds)
+    truth = standing(planted, run["valid"])
+    what = "scripted" if planted else "clean"
+    return run | {"what": what, "set": "local", "truth": truth, "stood": truth, "kinds": kinds}
 
 
-def demo_run(number: int, demo_model) -> dict:
-    """One batch of the demo model, all classes mixed: even numbers clean, odd ones with scripted traps in its estimate."""
+def demo_run(number: int, demo_model, photos: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict:
+    """One batch of the demo model, all classes mixed: even numbers clean, odd ones with scripted traps in its estimate.
+
+    photos: images (N, 3, 32, 32) and their labels, from which runs from PARTIAL on start.
+    """
     draw = random.Random(20_000 + number)
     sampling = drawn_sampling(draw)
     if (sampling["scheduler"], sampling["steps"]) == ("normal", 25):
         sampling["steps"] = 20
     model, _ = demo_model.load_demo_model()
     labels = torch.randint(0, 10, (BATCH,), generator=torch.Generator().manual_seed(number))
-    positive = [[torch.cat([demo_model.class_token(int(label)) for label in labels]), {}]]
-    truth, kinds = torch.zeros(BATCH, SIZE, SIZE, dtype=torch.bool), []
+    planted, kinds = [], []
     if number % 2:
         wide = wide_traps("scripted", 2**21 + number, (SIZE, SIZE), BATCH)
         planted, kinds = [w.trap for w in wide], [(w.shape, w.pattern) for w in wide]
-        truth = torch.cat([trap.mask for trap in planted])
-        anchors = [[] for _ in planted]
-
-        def trapped(arguments):
-            denoised, sigma = arguments["denoised"], arguments["sigma"].flatten()[:1]
-            for trap, state in zip(one_per_sample(planted), anchors):
-                denoised = trap.play(denoised, sigma.expand(len(denoised))[:, None], state)
-            return denoised
-
-        model = model.clone()
-        model.set_model_sampler_post_cfg_function(trapped)
-    cfg, recorder = draw.choice([2.5, 2.5, 2.5, 1.0, 5.0]), Recorder(ratios_of(model, sampling))
-    latent = torch.zeros(BATCH, 3, SIZE, SIZE)
-    noise, names = comfy.sample.prepare_noise(latent, number), (sampling["sampler_name"], sampling["scheduler"])
-    with torch.inference_mode(), suppress(Left):
-        comfy.sample.sample(
-            model, noise, sampling["steps"], cfg, *names, positive, [[demo_model.class_token(None), {}]], latent,
-            callback=recorder, disable_pbar=True, seed=number,
-        )
-    what = "scripted" if number % 2 else "clean"
-    return {
-        "what": what, "set": "demo", "estimates": recorder.estimates, "ratios": recorder.ratios, "truth": truth,
-        "stood": truth, "kinds": kinds,
-    }
+    conds = {"cfg": draw.choice([2.5, 2.5, 2.5, 1.0, 5.0]), "negative": [[demo_model.class_token(None), {}]]}
+    images = torch.zeros(1, 3, SIZE, SIZE) if photos is None else photos[0]
+    entry, planted = entered(draw, number, images, planted, model, sampling)
+    if number >= PARTIAL and draw.random() < 0.5:
+        labels = photos[1][starts(len(images), BATCH, number)]
+    conds["positive"] = [[torch.cat([demo_model.class_token(int(label)) for label in labels]), {}]]
+    run = record(with_traps(model, planted) if planted else model, number, sampling, entry, **conds)
+    truth = standing(planted, run["valid"])
+    what = "scripted" if planted else "clean"
+    return run | {"what": what, "set": "demo", "truth": truth, "stood": truth, "kinds": kinds}
 
 
-def watched(kind, estimates: list, ratios: list[float]):
+def with_traps(model, planted: list):
+    """A clone of any model in whose estimate these scripted traps spring, one a sample."""
+    from artifact_guard.nodes.coordinates import coefficients, ratio_of
+
+    anchors = [[] for _ in planted]
+
+    def trapped(arguments):
+        denoised, sigma = arguments["denoised"], arguments["sigma"].flatten()[:1]
+        a, b = (float(c) for c in coefficients(arguments["model"].model_sampling, sigma))
+        for trap, state in zip(one_per_sample(planted), anchors):
+            denoised = trap.play(denoised, torch.full((len(denoised), 1), ratio_of(a, b)), state)
+        return denoised
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(trapped)
+    return model
+
+
+def watched(kind, estimates: list, ratios: list[float], valid: torch.Tensor | None = None):
     """A detector of this kind that has seen such a run to the end of the window, as the guard shows it."""
     from artifact_guard.kernels.score_dynamics import change_maps
     from artifact_guard.nodes.asced.estimate import Estimate
     from artifact_guard.nodes.asced.options import AscedOptions
-    from artifact_guard.nodes.asced.window import plan_window
 
     detector = kind(AscedOptions(), 1.0, min(estimates[0].shape[-2:]))
-    schedule = [*ratios, 0.0, 0.0]  # the run was left early: more steps follow
-    window = plan_window(schedule, "auto", 0.0, 0.0, detector.auto_window, detector.lead)
+    window = auto_window(ratios)
     seen = [Estimate(x, x.float(), *((1.0, r) if r < float("inf") else (0.0, 1.0))) for x, r in zip(estimates, ratios)]
     for step, (previous, now) in enumerate(zip(seen[:window.correct_at], seen[1:]), start=1):
         if step > window.detect_from:
-            detector.observe(previous, now, None)
+            detector.observe(previous, now, valid)
         detector.accompany(change_maps(now.denoised, previous.denoised)[1])
     return detector

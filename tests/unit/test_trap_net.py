@@ -1,5 +1,7 @@
 """The default detector's network: its arithmetic, what its maps mean, when it judges, and that it is worth having."""
 
+import math
+
 import artifact_guard
 import pytest
 import torch
@@ -10,7 +12,7 @@ from artifact_guard.nodes.asced.dynamics import DynamicsDetector
 from artifact_guard.nodes.asced.estimate import Estimate
 from artifact_guard.nodes.asced.learned import LearnedDetector, trap_net
 from artifact_guard.nodes.asced.options import AscedOptions
-from artifact_guard.nodes.asced.signals import NAMES, grid_of
+from artifact_guard.nodes.asced.signals import EDGES, LATE, LATE_FALL, NAMES, grid_of, scaled_to
 
 RATIOS = [14.0, 11.0, 8.5, 6.6, 5.1, 4.0, 3.1, 2.4, 1.9]
 
@@ -28,9 +30,9 @@ def path(trap_at=None, channels=3, size=(32, 32), frames=2, seed=0):
     return steps
 
 
-def watched(kind, steps, ratios=RATIOS, valid=None, sensitivity=1.0):
+def watched(kind, steps, ratios=RATIOS, valid=None, sensitivity=1.0, travel=None):
     """A detector that has seen these steps."""
-    detector = kind(AscedOptions(), sensitivity, min(steps[0].shape[-2:]))
+    detector = kind(AscedOptions(), sensitivity, min(steps[0].shape[-2:]), travel)
     seen = [Estimate(x, x, 1.0, ratio) for x, ratio in zip(steps, ratios)]
     for previous, now in zip(seen, seen[1:]):
         detector.observe(previous, now, valid)
@@ -90,13 +92,31 @@ def test_the_trap_is_found_and_only_there():
     assert not watched(LearnedDetector, path()).findings().regions.any()
 
 
-def test_kept_parts_are_left_to_the_rule(monkeypatch):
-    """Inpainting: the network, fitted on whole pictures, is not asked."""
-    monkeypatch.setattr(learned, "local_net", None)
+def test_kept_parts_are_not_judged():
+    """Inpainting: D is the picture from the start where it is kept. A trap beside that is found, and nothing in what is kept."""
     valid = torch.ones(2, 32, 32, dtype=torch.bool)
-    valid[:, :, 10:] = False
-    ours, rule = (watched(kind, path(trap_at=5), valid=valid).findings() for kind in (LearnedDetector, DynamicsDetector))
-    assert torch.equal(ours.peak, rule.peak) and ours.peak[~valid].max() == 0
+    valid[:, :, 22:] = False
+    steps = path(trap_at=5)
+    steps = [torch.where(valid[:, None], step, steps[-1]) for step in steps]
+    found = watched(LearnedDetector, steps, valid=valid).findings()
+    truth = torch.zeros(2, 32, 32, dtype=torch.bool)
+    truth[0, 10:18, 12:20] = True
+    assert (found.regions & truth).sum() > 0.8 * truth.sum() and (found.regions & ~truth).sum() < 0.3 * truth.sum()
+    assert found.peak[~valid].max() == 0
+
+
+def test_what_is_kept_does_not_count():
+    """Means over a frame leave it out: the maps of what changes are those of the same frame without more kept beside it."""
+    steps = path(trap_at=5)
+    valid = torch.ones(2, 32, 32, dtype=torch.bool)
+    valid[:, :, 20:] = False
+    steps = [torch.where(valid[:, None], step, steps[-1]) for step in steps]
+    pad = torch.nn.functional.pad
+    wide = [pad(step, (0, 12, 0, 0), mode="replicate") for step in steps]
+    maps = watched(LearnedDetector, steps, valid=valid).maps()
+    other = watched(LearnedDetector, wide, valid=pad(valid, (0, 12))).maps()
+    torch.testing.assert_close(other[..., :20], maps[..., :20])
+    assert NAMES[-2:] == ("kept", "began") and (maps[:, -2, :, 20:] == 1).all() and (maps[:, -2, :, :20] == 0).all()
 
 
 def test_sensitivity_scales_the_score():
@@ -104,13 +124,42 @@ def test_sensitivity_scales_the_score():
     torch.testing.assert_close(high, 4 * low)
 
 
-@pytest.mark.parametrize("ratios", [[r / 3 for r in RATIOS], [3 * r for r in RATIOS], [14.0, 5.0, 1.7]])
+@pytest.mark.parametrize("ratios", [[3 * r for r in RATIOS], [14.0, 5.0, 1.7]])
 def test_parts_of_a_window_are_left_to_the_rule(ratios, monkeypatch):
-    """A run that enters late, a window that ends early, too few steps: as without the network, which is not asked."""
+    """A window that ends early, too few steps: as without the network, which is not asked."""
     monkeypatch.setattr(learned, "local_net", None)
     steps = path(trap_at=5)[-len(ratios):]
     ours, rule = (watched(kind, steps, ratios).findings() for kind in (LearnedDetector, DynamicsDetector))
     assert all(torch.equal(one, other) for one, other in zip(ours[:3], rule[:3]))
+
+
+LATER = [r / 4 for r in RATIOS]
+FROM_PICTURES = (1003, 1004, 1015)
+
+
+def test_late_window_of_a_run_that_began_before():
+    """A second round, or a window that the user set late: how far each pixel had come before makes no difference to the maps."""
+    come = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(5))
+    late, known = (watched(LearnedDetector, path(trap_at=5), LATER, travel=travel).maps() for travel in (None, come))
+    travel = NAMES.index("travel")
+    rest = [n for n, name in enumerate(NAMES) if name not in ("travel", "burst", "when")]
+    torch.testing.assert_close(known[:, travel], late[:, travel], atol=1e-3, rtol=1e-3)
+    assert torch.equal(known[:, rest], late[:, rest])
+
+
+def test_runs_that_enter_late_are_seen_on_a_scale_of_their_own():
+    """All noise ratios a quarter as high: the trap is found as in a whole run, and a clean run left alone. What the maps call by
+    noise ratios lies at the same places of the window."""
+    found, clean = (watched(LearnedDetector, path(trap_at=at), LATER).findings() for at in (5, None))
+    truth = torch.zeros(2, 32, 32, dtype=torch.bool)
+    truth[0, 10:18, 12:20] = True
+    assert (found.regions & truth).sum() > 0.6 * truth.sum() and not clean.regions.any()
+    late = [math.exp(x) for x in scaled_to(math.log(3.5), EDGES)]
+    assert late[0] == pytest.approx(3.5) and late[-1] == pytest.approx(EDGES[-1])
+    places = [[math.log(x / edges[-1]) / math.log(edges[0] / edges[-1]) for x in edges] for edges in (EDGES, late)]
+    assert places[0] == pytest.approx(places[1])
+    assert math.exp(scaled_to(0.0, EDGES)[-1]) == pytest.approx(1 / LATE_FALL)
+    assert scaled_to(math.log(LATE), EDGES) == pytest.approx([math.log(x) for x in EDGES])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -157,3 +206,30 @@ def test_demo_model():
     assert trapped.f1 > 0.85 and trapped.f1 > rule_trapped.f1
     assert clean.right >= 0.93 and clean.right > rule_clean.right
     assert clean.false < 0.005 * clean.pixels
+
+
+def test_demo_model_from_pictures():
+    """The same in image to image and inpainting: from pictures of its own, at strengths, samplers and masks drawn."""
+    from tests.bench.detection import Score
+    from tests.bench.trap_runs import demo_run
+    from tests.bench.trap_runs import watched as watched_run
+    from tests.exact.model import sample
+
+    demo = artifact_guard.nodes.demo.model
+    model, _ = demo.load_demo_model()
+    labels = torch.arange(30) % 10
+    asked = [[torch.cat([demo.class_token(int(label)) for label in labels]), {}]]
+    with torch.inference_mode():
+        photos = sample(model, steps=12, cfg=2.5, seed=3, latent=(30, 3, 32, 32), positive=asked, negative=[[demo.class_token(None), {}]])
+    scores = {kind: (Score(), Score()) for kind in (LearnedDetector, DynamicsDetector)}
+    entries = set()
+    for number in FROM_PICTURES:
+        run = demo_run(number, demo, (photos, labels))
+        entries.add(run["entry"])
+        for kind, (trapped, clean) in scores.items():
+            found = watched_run(kind, run["estimates"], run["ratios"], run["valid"]).findings().regions
+            (trapped if run["what"] == "scripted" else clean).add(found, run["truth"])
+    (trapped, clean), (rule_trapped, rule_clean) = scores.values()
+    assert entries == {"image to image", "inpainting"}
+    assert trapped.f1 > 0.7 and trapped.f1 > rule_trapped.f1 + 0.1
+    assert clean.right >= 0.95 and clean.right >= rule_clean.right
