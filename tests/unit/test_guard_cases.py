@@ -100,7 +100,8 @@ def test_two_stages_are_two_runs():
     half, whole = stages(guarded)
     first, second = report.runs
     assert report.find(half) is first and report.find(whole) is second
-    assert first.restarts == 1 and found(first) == [False, True, False] and second.restarts == 0
+    assert first.restarts == 1 and found(first) == [False, True, False]
+    assert found(second) in ([False, True, False], [False] * 3), "the trap springs anew there, at the first call"
     assert len(first.ratios) == len(second.ratios) == 6 and second.reason is None
     idle = stages(guard(model, sensitivity=0.01)[0])
     assert all(same(*(part["samples"] for part in pair)) for pair in zip(idle, stages(model)))
