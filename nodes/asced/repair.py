@@ -25,8 +25,8 @@ class Repair:
     """A repair that the run was restarted with.
 
     x, denoised: the sampler's tensors (B, ...) before it. The rest is (F, H, W) bool: regions, what was found; mask, what was
-    renoised; sure, where the detector has no doubt, None if it cannot tell. artifact: the frames of D before it. falling: what of it fell back by the
-    model's last answer, and that answer in frames; None where nothing is to be drawn again.
+    renoised; sure, where the detector has no doubt, None if it cannot tell. artifact: the frames of D before it. falling: what
+    of it fell back by the model's last answer, and that answer in frames; None where nothing is to be drawn again.
     settled: no more answers need be looked at.
     """
 

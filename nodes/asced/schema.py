@@ -164,8 +164,8 @@ class ASCEDOptions(io.ComfyNode):
                          "side (at least one latent pixel). 0: not at all."),
                 io.Int.Input(
                     "rounds", default=defaults.rounds, min=1, max=10,
-                    tooltip="How often to look and repair in one run. Each round that repairs costs one model call. From 2 on a "
-                    "region that became again what it was is renoised once more.",
+                    tooltip="How often to look and repair in one run. Each round that repairs costs one model call. From 2 on the "
+                    "steps after a repair are watched too, and what certainly became again what it was is renoised once more.",
                 ),
                 io.Int.Input(
                     "noise_seed", default=defaults.noise_seed, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,

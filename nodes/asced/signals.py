@@ -46,6 +46,7 @@ class Signals:
     """Gathers the maps of one window. State: the travel of six spans, two sums and three estimates, all on the grid."""
 
     def __init__(self):
+        self.began = 0.0
         self.edges: tuple[float, ...] = ()
         self.looks: tuple[float, ...] = ()
         self.spans: list[torch.Tensor | float] = [0.0] * (len(EDGES) - 1)
