@@ -7,11 +7,9 @@ In the variance-preserving form u = alpha * x0 + sqrt(v) * eps, v = 1 - abar, D 
 so that in terms of the clean estimate D' = D + omega_t * (v / alpha) * TLS.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from .levels import LOG_SNR_RANGE, alpha_and_variance
 from .posterior import Posterior, column, mean_square
@@ -21,12 +19,6 @@ MODES = ("relative", "score", "shift")
 LARGEST_CORRECTION = 0.5
 """No mode moves the clean estimate by more than this times the distance from it to the sample (RMS): whatever the
 direction, at least half of every denoising step remains."""
-
-MOST_NOISE = 1 / (1 + math.exp(LOG_SNR_RANGE[0]))
-"""v at the noisiest level."""
-
-Ask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Asks the model: u (B, ...) at levels (B,) log-SNR -> clean estimate (B, ...)."""
 
 
 def closed_form(u: torch.Tensor, denoised: torch.Tensor, level: torch.Tensor, posterior: Posterior) -> torch.Tensor:
@@ -56,24 +48,18 @@ def published_gradient(u: torch.Tensor, level: torch.Tensor, judge: Callable, le
     return gradient.nan_to_num()
 
 
-def surplus(posterior: Posterior, level: torch.Tensor) -> torch.Tensor:
-    """How much noise too much, (B,) >= 0: ln(v of the sample / v of the step), shrunk where it is within chance.
+def with_noise_added(level: torch.Tensor, gap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sample u of this level to which noise was added until its variance was exp(gap) times as large.
 
-    The factor gap^2 / (gap^2 + spread^2) is Wiener's: a gap as small as the posterior's own spread counts half. A
-    sample with too little noise counts as aligned.
+    Its signal is as large as before, so that it is not a variance-preserving sample of the level with that variance: near
+    pure noise, where all variances are nearly 1, that one has far less signal.
+
+    Returns:
+        Its level, (B,), log-SNR - gap, and the factor (B,) by which it is variance-preserving again.
     """
-    mean, variance = posterior.log_variance()
-    gap = (mean + F.softplus(level)).clamp_min(0.0)  # ln v = -softplus(log-SNR)
-    squares = gap.square()
-    return gap * squares / (squares + variance).clamp_min(1e-12)
-
-
-def sample_level(posterior: Posterior | None, level: torch.Tensor, strength: float) -> torch.Tensor:
-    """The level (B,) at which to ask the model: the sample's own at strength 1 and above, the step's at 0."""
-    if posterior is None:
-        return level
-    log_v = (min(strength, 1.0) * surplus(posterior, level) - F.softplus(level)).clamp(max=math.log(MOST_NOISE))
-    return torch.minimum(level, torch.log1p(-log_v.exp()) - log_v)
+    alpha, v = alpha_and_variance(level)
+    added = torch.minimum(level, (level - gap).clamp_min(LOG_SNR_RANGE[0]))
+    return added, torch.rsqrt(torch.addcmul(alpha.square(), v, gap.exp()))
 
 
 def root_mean_square(x: torch.Tensor) -> torch.Tensor:
@@ -90,7 +76,7 @@ def relative_correction(tls: torch.Tensor, reach: torch.Tensor, strength: float,
     """A step along the TLS whose RMS is strength * (1 - sqrt(v / v of the sample)) times `reach`, at most half of `reach`.
 
     Args:
-        reach: (B,) RMS(D - x) in the model's own form. gap: (B,) from `surplus`.
+        reach: (B,) RMS(D - x) in the model's own form. gap: (B,) surplus of noise.
     """
     size = (-strength * torch.expm1(-0.5 * gap)).clamp(max=LARGEST_CORRECTION) * reach
     tls = tls.nan_to_num(0.0, 0.0, 0.0)

@@ -7,7 +7,7 @@ by itself.
 import torch
 
 from .levels import LOG_SNR_RANGE, alpha_and_variance
-from .posterior import Posterior, mean_product, mean_square, noisier_of, terms_of
+from .posterior import Measured, Posterior, beyond_chance, mean_product, mean_square, noisier_of, terms_of
 
 COARSE, NODES = 256, 65
 """Levels among which the likeliest is looked for, and levels around it at which an energy's posterior is kept."""
@@ -56,6 +56,13 @@ def minus_log_likelihood(of_u, across, of_anchor, alpha, alpha_squared, precisio
     return torch.addcmul(log_v, energy.clamp_min(0.0), precision)
 
 
+def noise_over_level(of_u, across, of_anchor, level) -> torch.Tensor:
+    """ln(|u - alpha * anchor|^2 / (n v)) (B,) of means (B,), alpha and v those of the levels (B,)."""
+    alpha, v = alpha_and_variance(level)
+    energy = torch.addcmul(torch.addcmul(of_u, alpha, across, value=-2.0), alpha.square(), of_anchor)
+    return (energy.clamp_min(1e-12) / v).log()
+
+
 def energy_posterior(
     u: torch.Tensor, anchor: torch.Tensor, weight: torch.Tensor | None = None, noisiest: float = LOG_SNR_RANGE[0]
 ) -> Posterior:
@@ -78,6 +85,10 @@ class EnergyEstimator:
     from it, so whatever was added on the way shows, at any noise level; it asks nothing of the model and is known
     before the model is asked. The larger of both counts.
 
+    What remains says two things. The posterior over levels takes u for a variance-preserving sample of some level, as the
+    time-linked score needs it. The surplus takes it for a sample of the step's level with noise added, its signal
+    as it was: near pure noise, where all levels have nearly the same variance, only that one tells how much.
+
     Args:
         weight: which positions count, as in mean_square.
         noisiest: the lowest log-SNR of the model's schedule. Nothing has more noise than pure noise: chance in it, at the
@@ -90,7 +101,7 @@ class EnergyEstimator:
         self.grid: EnergyGrid | None = None
         self.previous: torch.Tensor | None = None
         self._squares: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._before: tuple[torch.Tensor, Posterior] | None = None
+        self._before: tuple[torch.Tensor, Measured] | None = None
 
     def _square(self, x: torch.Tensor) -> torch.Tensor:
         """mean_square of u and of estimates, each taken once while it is used."""
@@ -100,24 +111,28 @@ class EnergyEstimator:
         self._squares.append((x, mean_square(x, self.weight)))
         return self._squares[-1][1]
 
-    def _posterior(self, u: torch.Tensor, anchor: torch.Tensor) -> Posterior:
+    def _measured(self, u: torch.Tensor, level: torch.Tensor, anchor: torch.Tensor) -> Measured:
         dimensions = u[0].numel() * self.share
         if self.grid is None or self.grid.dimensions != dimensions:
             self.grid = EnergyGrid(self.noisiest, dimensions, u.device)
-        return self.grid.posterior(self._square(u), mean_product(u, anchor, self.weight), self._square(anchor))
+        means = self._square(u), mean_product(u, anchor, self.weight), self._square(anchor)
+        gap = noise_over_level(*means, level)
+        return Measured(self.grid.posterior(*means), beyond_chance(gap, 2.0 / max(dimensions, 1.0)))
 
-    def before(self, u: torch.Tensor, level: torch.Tensor) -> Posterior | None:
-        """The posterior known before the model is asked; None at the first step."""
+    def before(self, u: torch.Tensor, level: torch.Tensor) -> Measured | None:
+        """What is known before the model is asked; None at the first step."""
         if self.previous is None or self.previous.shape != u.shape:
             return None
         if self._before is None or self._before[0] is not u:
-            self._before = (u, self._posterior(u, self.previous))
+            self._before = (u, self._measured(u, level, self.previous))
         return self._before[1]
 
-    def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Posterior:
-        """The posterior with the model's estimate at this step, (B, ...), taken into account."""
-        now, before = self._posterior(u, denoised), self.before(u, level)
-        return now if before is None else noisier_of(before, now)
+    def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
+        """With the model's estimate at this step, (B, ...), taken into account. At the first step there is no surplus: nothing
+        was added yet, and what the noise of a start has too much by chance is its own.
+        """
+        now, before = self._measured(u, level, denoised), self.before(u, level)
+        return now._replace(surplus=torch.zeros_like(now.surplus)) if before is None else noisier_of(before, now)
 
     def keep(self, denoised: torch.Tensor) -> None:
         """The model's own estimate at this step, before any correction: it stands for the image at the next one."""

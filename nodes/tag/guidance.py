@@ -8,6 +8,7 @@ import functools
 
 import torch
 
+from comfy.model_patcher import set_model_options_post_cfg_function
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..latents import FrameLayout, check_latent
@@ -19,7 +20,7 @@ from .posterior import NetworkEstimator, column
 from .predictor import TimePredictor
 from .process import Process
 from .settings import TagSettings
-from .steering import Steering
+from .steering import Answer, Steering
 from .time_gap import RunRecord, TimeGapReport
 
 WRAPPER_KEY = "artifact_guard.tag"
@@ -114,17 +115,30 @@ class GuidedRun:
         level, scale = self.process.level_and_scale(sigma)
         u = self.process.vp(x, scale)
 
-        def ask(u_asked: torch.Tensor, level_asked: torch.Tensor) -> torch.Tensor:
+        def ask(u_asked: torch.Tensor, level_asked: torch.Tensor) -> Answer:
             if level_asked is level:
                 asked, moved = timestep, x if u_asked is u else u_asked * column(scale, u_asked)
             else:
                 asked = self.process.noisier(sigma, level, level_asked)
                 moved = u_asked * column(self.process.scale(asked), u_asked)
-            return executor(moved.to(x.dtype), asked.to(timestep.dtype), model_options, seed)
+            return self._answer(executor, moved.to(x.dtype), asked.to(timestep.dtype), model_options, seed)
 
         denoised, posterior = self.steering.estimate(ask, x, u, level, self._within(timestep))
         self.record.add_step(level, posterior)
         return denoised
+
+    def _answer(self, executor, x, timestep, model_options, seed) -> Answer:
+        """The guider's prediction and, if it uses classifier-free guidance, the conditional prediction that went into it."""
+        conditional = None
+
+        def note(arguments: dict) -> torch.Tensor:
+            nonlocal conditional
+            conditional = arguments.get("cond_denoised")
+            return arguments["denoised"]
+
+        options = set_model_options_post_cfg_function(model_options.copy(), note)
+        denoised = executor(x, timestep, options, seed)
+        return Answer(denoised, (denoised if conditional is None else conditional).float())
 
     def _within(self, timestep: torch.Tensor) -> bool:
         if self.settings.start_percent == 0 and self.settings.end_percent == 1:

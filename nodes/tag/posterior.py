@@ -6,8 +6,10 @@ by itself.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .levels import alpha_and_variance
 
@@ -48,9 +50,31 @@ class Posterior:
         _, mean, d, d_squared, _ = self.means.unbind(1)
         return mean, torch.addcmul(d_squared, d, d, value=-1).clamp_min(0)
 
+    def surplus(self, level: torch.Tensor) -> torch.Tensor:
+        """How much noise too much at a step of this level, (B,) >= 0: ln(v of the sample / v of the step)."""
+        mean, variance = self.log_variance()
+        return beyond_chance(mean + F.softplus(level), variance)  # ln v = -softplus(log-SNR)
+
     def likeliest(self) -> torch.Tensor:
         """The level with the largest share, (B,)."""
         return self.levels.gather(1, self.gamma.argmax(dim=1, keepdim=True))[:, 0]
+
+
+class Measured(NamedTuple):
+    """Where samples were found to lie: p(level | u), and how much noise too much they have, (B,) >= 0, as ln(variance of the
+    noise / that of the step)."""
+
+    posterior: Posterior
+    surplus: torch.Tensor
+
+
+def beyond_chance(gap: torch.Tensor, variance: torch.Tensor | float) -> torch.Tensor:
+    """Gaps, shrunk where they are within chance of this variance; 0 for negative ones: a sample with too little noise counts
+    as aligned. The factor gap^2 / (gap^2 + variance) is Wiener's: a gap as small as its own spread counts half.
+    """
+    gap = gap.clamp_min(0.0)
+    squares = gap.square()
+    return gap * squares / (squares + variance).clamp_min(1e-12)
 
 
 def column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -72,11 +96,12 @@ def mean_square(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Te
     return mean_product(x, x, weight)
 
 
-def noisier_of(one: Posterior, other: Posterior) -> Posterior:
-    """For each sample the posterior with the larger mean noise."""
-    chosen = (one.means[:, 1] >= other.means[:, 1])[:, None]
-    pairs = ((one.levels, other.levels), (one.gamma, other.gamma), (one.means, other.means))
-    return Posterior(*(torch.where(chosen, *pair) for pair in pairs))
+def noisier_of(one: Measured, other: Measured) -> Measured:
+    """For each sample the posterior with the larger mean noise, and the larger surplus."""
+    mine, yours = one.posterior, other.posterior
+    chosen = (mine.means[:, 1] >= yours.means[:, 1])[:, None]
+    pairs = ((mine.levels, yours.levels), (mine.gamma, yours.gamma), (mine.means, yours.means))
+    return Measured(Posterior(*(torch.where(chosen, *pair) for pair in pairs)), torch.maximum(one.surplus, other.surplus))
 
 
 class NetworkEstimator:
@@ -91,17 +116,18 @@ class NetworkEstimator:
         self.judge = judge
         self.levels = levels
         self.terms: torch.Tensor | None = None
-        self._known: tuple[torch.Tensor, Posterior] | None = None
+        self._known: tuple[torch.Tensor, Measured] | None = None
 
-    def before(self, u: torch.Tensor, level: torch.Tensor) -> Posterior:
+    def before(self, u: torch.Tensor, level: torch.Tensor) -> Measured:
         gamma = self.judge(u).float().nan_to_num().softmax(dim=1)
         if self.terms is None:
             self.terms = averaged_terms(self.levels.to(u.device)[None])
         posterior = Posterior.of(self.levels.to(u.device).expand(len(u), -1), gamma, self.terms)
-        self._known = (u, posterior)
-        return posterior
+        measured = Measured(posterior, posterior.surplus(level))
+        self._known = (u, measured)
+        return measured
 
-    def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Posterior:
+    def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
         if self._known is not None and self._known[0] is u:
             return self._known[1]
         return self.before(u, level)

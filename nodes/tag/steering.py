@@ -1,15 +1,32 @@
 """One guided estimate: asks the model, measures, corrects. Knows nothing of ComfyUI: the model is a function."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from .alignment import (
-    Ask, closed_form, relative_correction, root_mean_square, sample_level, score_correction, shift, step_omega, surplus,
+    closed_form, relative_correction, root_mean_square, score_correction, shift, step_omega, with_noise_added,
 )
 from .energy import EnergyEstimator
-from .posterior import NetworkEstimator, Posterior
+from .posterior import Measured, NetworkEstimator, Posterior, column
 from .settings import TagSettings
+
+
+class Answer(NamedTuple):
+    """What the model says of a sample, each (B, ...).
+
+    denoised: the clean estimate for the sampler, guided by a scale or by other patches. anchor: the one that is the mean
+    of the clean images behind the sample, float32: under classifier-free guidance the conditional prediction alone. The
+    guided one is no such mean, it lies beyond: seen from it every sample has too much noise.
+    """
+
+    denoised: torch.Tensor
+    anchor: torch.Tensor
+
+
+Ask = Callable[[torch.Tensor, torch.Tensor], Answer]
+"""Asks the model: u (B, ...) at levels (B,) log-SNR."""
 
 Gradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """u (B, ...), levels (B,), omega_t (B,) -> the published time-linked score (B, ...)."""
@@ -41,57 +58,58 @@ class Steering:
         """
         before = self.estimator.before(u, level)
         if not active or self.settings.strength == 0:
-            denoised = ask(u, level)
-            anchor, posterior = denoised.float(), None
+            answer, measured = ask(u, level), None
         else:
             guide = {"relative": self._relative, "score": self._score, "shift": self._shift}[self.settings.mode]
-            denoised, anchor, posterior = guide(ask, x, u, level, before)
-        if posterior is None:
-            posterior = self.estimator.after(u, level, anchor)
-        self.estimator.keep(anchor)
-        return denoised, posterior
+            answer, measured = guide(ask, x, u, level, before)
+        if measured is None:
+            measured = self.estimator.after(u, level, answer.anchor)
+        self.estimator.keep(answer.anchor)
+        return answer.denoised, measured.posterior
 
-    def _time_linked_score(self, u, denoised, level, posterior: Posterior, omega: float) -> torch.Tensor:
+    def _time_linked_score(self, u, anchor, level, measured: Measured | None, omega: float) -> torch.Tensor:
         if self.settings.estimate == "published gradient":
             return self.gradient(u, level, step_omega(omega, level))
-        return closed_form(u, denoised, level, posterior)
+        return closed_form(u, anchor, level, measured.posterior)
 
-    def _relative(self, ask: Ask, x, u, level, before: Posterior | None):
+    def _relative(self, ask: Ask, x, u, level, before: Measured | None):
         """Asks the model at the level the sample really has, and corrects in proportion to the gap.
 
         Asking there is not in the paper: a network that is told too little noise takes the surplus for detail, and no
         correction of its estimate brings back what it then mixes up. At strength 1 and above the level is wholly the
         sample's.
         """
-        asked_at = level
-        if self.settings.ask_at == "sample's level" and self.may_ask_elsewhere:
-            asked_at = sample_level(before, level, self.settings.strength)
-        denoised = ask(u, asked_at)
-        estimate = denoised.float()
-        posterior = self.estimator.after(u, level, estimate)
-        tls = self._time_linked_score(u, estimate, level, posterior, 1.0)
-        reach = root_mean_square(estimate - x.float())
-        correction = relative_correction(tls, reach, self.settings.strength, surplus(posterior, level))
-        return (estimate + correction).to(denoised.dtype), estimate, posterior
+        asked, asked_at = u, level
+        if self.settings.ask_at == "sample's level" and self.may_ask_elsewhere and before is not None:
+            asked_at, factor = with_noise_added(level, min(self.settings.strength, 1.0) * before.surplus)
+            asked = u * column(factor, u)
+        answer = ask(asked, asked_at)
+        measured = self.estimator.after(u, level, answer.anchor)
+        tls = self._time_linked_score(u, answer.anchor, level, measured, 1.0)
+        reach = root_mean_square(answer.denoised.float() - x.float())
+        correction = relative_correction(tls, reach, self.settings.strength, measured.surplus)
+        return corrected(answer, correction), measured
 
-    def _score(self, ask: Ask, x, u, level, before: Posterior | None):
+    def _score(self, ask: Ask, x, u, level, before: Measured | None):
         """The paper's score guidance, Eq. 7."""
-        denoised = ask(u, level)
-        estimate = denoised.float()
-        posterior = self.estimator.after(u, level, estimate)
-        tls = self._time_linked_score(u, estimate, level, posterior, self.settings.strength)
-        reach = root_mean_square(estimate - x.float())
-        correction = score_correction(tls, reach, self.settings.strength, level)
-        return (estimate + correction).to(denoised.dtype), estimate, posterior
+        answer = ask(u, level)
+        measured = self.estimator.after(u, level, answer.anchor)
+        tls = self._time_linked_score(u, answer.anchor, level, measured, self.settings.strength)
+        reach = root_mean_square(answer.denoised.float() - x.float())
+        return corrected(answer, score_correction(tls, reach, self.settings.strength, level)), measured
 
-    def _shift(self, ask: Ask, x, u, level, before: Posterior | None):
+    def _shift(self, ask: Ask, x, u, level, before: Measured | None):
         """The paper's Algorithm 1, as far as a MODEL patch can: the model's estimate at the shifted sample. The sampler
         goes on from its own x. The closed form needs an estimate first, which is one more model call.
         """
-        posterior, estimate = before, None
+        measured, anchor = before, None
         if self.settings.estimate == "closed form":
-            estimate = ask(u, level).float()
-            posterior = self.estimator.after(u, level, estimate)
-        tls = self._time_linked_score(u, estimate, level, posterior, self.settings.strength)
-        denoised = ask(u + shift(tls, self.settings.strength, level), level)
-        return denoised, denoised.float(), posterior
+            anchor = ask(u, level).anchor
+            measured = self.estimator.after(u, level, anchor)
+        tls = self._time_linked_score(u, anchor, level, measured, self.settings.strength)
+        return ask(u + shift(tls, self.settings.strength, level), level), measured
+
+
+def corrected(answer: Answer, correction: torch.Tensor) -> Answer:
+    """The answer with what guidance adds to the estimate, (B, ...) float32. The anchor stays the model's own."""
+    return Answer((answer.denoised.float() + correction).to(answer.denoised.dtype), answer.anchor)

@@ -62,9 +62,9 @@ class Case:
         predictor = posterior.NetworkEstimator(network, self.levels)
         posteriors = {
             "closed form, exact posterior": exact,
-            "closed form, training-free (default)": in_run.after(self.u, self.level, self.estimate),
-            "closed form, training-free, this step alone": one_call.after(self.u, self.level, self.estimate),
-            "closed form, predictor": predictor.before(self.u, self.level),
+            "closed form, training-free (default)": in_run.after(self.u, self.level, self.estimate).posterior,
+            "closed form, training-free, this step alone": one_call.after(self.u, self.level, self.estimate).posterior,
+            "closed form, predictor": predictor.before(self.u, self.level).posterior,
         }
         scores = {name: closed_form(self.u, self.estimate, self.level, p) for name, p in posteriors.items()}
         scores["published gradient, predictor"] = self.tag.alignment.published_gradient(

@@ -89,13 +89,17 @@ class Toy:
         eps = self._predict(self.model, u.flatten(1), level).reshape(u.shape)
         return (u - v.sqrt() * eps) / alpha
 
+    def _answer(self, u, level):
+        denoised = self.ask(u, level)
+        return self.tag.steering.Answer(denoised, denoised)
+
     def sample(self, steering=None, drift: float = DRIFT, seed: int = 0) -> torch.Tensor:
         """(POINTS, 2)."""
         u = torch.randn(POINTS, 2, 1, 1, generator=torch.Generator().manual_seed(1000 + seed))
         for step, level in enumerate(self.levels):
             level = level.expand(POINTS)
             alpha, v = self.tag.levels.alpha_and_variance(level[:1])
-            denoised = self.ask(u, level) if steering is None else steering.estimate(self.ask, u / alpha, u, level)[0]
+            denoised = self.ask(u, level) if steering is None else steering.estimate(self._answer, u / alpha, u, level)[0]
             if step + 1 == STEPS:
                 return denoised.flatten(1)
             after_alpha, after_v = self.tag.levels.alpha_and_variance(self.levels[step + 1])

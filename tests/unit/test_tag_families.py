@@ -46,15 +46,6 @@ def sigma_at(sampling, ratio: float) -> float:
     return high
 
 
-def variance_found() -> tuple[float, float]:
-    """(v of the second step, v of the likeliest level of its sample): x0 of unit variance is known, u = alpha * x0 + noise of
-    v * (1 + EXCESS), and level k expects alpha_k * x0 + noise of v_k. By trying all v_k; endless dimensions."""
-    v = RATIOS[1] ** 2 / (1 + RATIOS[1] ** 2)
-    candidates = torch.linspace(0.01, 0.99, 9801, dtype=torch.float64)
-    energy = (math.sqrt(1 - v) - (1 - candidates).sqrt()).square() + v * (1 + EXCESS)
-    return v, float(candidates[(candidates.log() + energy / candidates).argmin()])
-
-
 def unit(x: torch.Tensor, across: torch.Tensor | None = None) -> torch.Tensor:
     """Each sample with a mean square of 1, orthogonal to the same one of `across`: no chance is left in energies."""
     flat = x.flatten(1)
@@ -119,12 +110,12 @@ def two_steps(family: str, excess: float = EXCESS, **settings) -> TwoSteps:
 @pytest.mark.parametrize("family", (*FAMILIES, *OTHERS, "demo"))
 def test_one_strength_does_the_same_to_every_model(family):
     """The correction is the same share of the way from sample to estimate, 1 - sqrt(v / v of the sample), for EPS, V,
-    EDM, Cosmos' and other flows; strength scales it; the model is asked at the level that the sample really has."""
+    EDM, Cosmos' and other flows; strength scales it; the model is asked at the level that the sample really has, and
+    of it as a sample of that level."""
     done = two_steps(family)
-    v, found = variance_found()
-    expected = 1 - math.sqrt(v / found)
+    expected = 1 - 1 / math.sqrt(1 + EXCESS)
     assert done.share.tolist() == pytest.approx([expected] * 2, rel=0.03)
-    assert done.told == pytest.approx([RATIOS[0], math.sqrt(found / (1 - found))], rel=0.01)
+    assert done.told == pytest.approx([RATIOS[0], RATIOS[1] * math.sqrt(1 + EXCESS)], rel=0.01)
     assert two_steps(family, strength=0.5).share.tolist() == pytest.approx([expected / 2] * 2, rel=0.03)
 
 

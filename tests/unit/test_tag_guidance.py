@@ -19,7 +19,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_model_advanced import RescaleCFG
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
-from tests.exact.model import exact_model
+from tests.exact.model import conditioning, exact_model
 from tests.unit.tag_support import KINDS, SIZE, fresh_predictor, guide, images, model, run, trainer
 
 MODES = ("relative", "score", "shift")
@@ -45,8 +45,10 @@ def test_aligned_runs_stay_and_noisy_runs_do_not(kind):
     apart = (run(guided) - run(bare)).abs().mean().item()
     moved = (run(guided, noise=0.3) - run(bare, noise=0.3)).abs().mean().item()
     assert apart < 0.02 and moved > 5 * apart
+    left, seen = guide(bare, strength=0.0)
+    run(left, noise=0.3)
     calm, rough = (record.time_gap() for record in report.runs)
-    assert rough > 3 * calm
+    assert seen.runs[0].time_gap() > 1.5 * rough > 3 * calm
 
 
 @pytest.mark.parametrize("kind", (*KINDS, "demo"))
@@ -73,6 +75,42 @@ def test_noisy_runs_of_a_trained_network_come_back(trained):
 
     noisy, helped = left(run(bare, **options)), left(run(guided, **options))
     assert noisy > 0.1 and helped < 0.75 * noisy
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_undisturbed_runs_of_a_trained_network_stay(cfg):
+    """The demo model, with and without classifier-free guidance: chance in the noise is no reason to ask elsewhere."""
+    bare, _ = load_demo_model()
+    classes = torch.cat([class_token(label) for label in range(8)])
+    tokens = {"positive": [[classes, {}]], "negative": [[class_token(None), {}]]}
+    options = {"shape": (8, 3, 32, 32), "steps": 20, "cfg": cfg} | tokens
+    apart = (run(guide(bare)[0], **options) - run(bare, **options)).square().mean().sqrt()
+    assert apart < 0.04
+
+
+@pytest.mark.parametrize("patch", ["cfg", "post-cfg function", "guider of its own"])
+def test_what_guidance_adds_is_not_taken_for_noise(patch, monkeypatch):
+    """Asked of a sample right on its step's manifold: the gap is that of the conditional prediction, whatever a scale or
+    another patch makes of it. Only of a guider that says nothing of a conditional prediction is the whole one taken."""
+    bare, cfg = model("eps", labels=torch.arange(12) % 2), 8.0 if patch == "cfg" else 1.0
+    if patch == "post-cfg function":
+        bare = bare.clone()
+        bare.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 3.0)
+    guided, report = guide(bare, strength=0.0)
+    random = torch.Generator().manual_seed(1)
+    noised = images()[0:4:2] + 1.5 * torch.randn(2, 3, SIZE, SIZE, generator=random)
+
+    def once(model_k, x, sigmas, extra_args=None, callback=None, disable=None):
+        return model_k(noised, x.new_full((2,), 1.5), **extra_args)
+
+    def plain(model, x, sigma, uncond, cond, cond_scale, model_options={}, seed=None):
+        return 3.0 * comfy.samplers.calc_cond_batch(model, [cond], x, sigma, model_options)[0]
+
+    if patch == "guider of its own":
+        monkeypatch.setattr(comfy.samplers, "sampling_function", plain)
+    run(guided, comfy.samplers.KSAMPLER(once), cfg=cfg, positive=conditioning(0), negative=conditioning(1))
+    gap = report.runs[0].time_gap()
+    assert (gap > 100) if patch == "guider of its own" else (gap < 30), gap
 
 
 @pytest.mark.parametrize("kind", KINDS)

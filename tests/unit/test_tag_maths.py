@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from artifact_guard.nodes.tag.alignment import (
-    closed_form, limited, published_gradient, relative_correction, sample_level, score_correction, shift, surplus,
+    closed_form, limited, published_gradient, relative_correction, score_correction, shift, with_noise_added,
 )
 from artifact_guard.nodes.tag.energy import EnergyEstimator, energy_posterior
 from artifact_guard.nodes.tag.levels import LOG_SNR_RANGE, Schedule, alpha_and_variance, coefficients, log_snr
@@ -64,7 +64,7 @@ def test_training_free_score_is_near_the_exact_one(index, extra):
     u = alpha_after * first + (v_after / v).sqrt() * (before - alpha * first)
     u = u + extra * torch.randn(u.shape, generator=torch.Generator().manual_seed(9))
     level, denoised = GRID[index].expand(4), denoised_at(denoiser, u, index)
-    estimate = closed_form(u, denoised, level, estimator.after(u, level, denoised))
+    estimate = closed_form(u, denoised, level, estimator.after(u, level, denoised).posterior)
     cosine, length = compare(estimate, time_linked_score(denoiser, u, SIGMAS, index))
     assert cosine > 0.95 and 0.7 < length < 1.4
 
@@ -121,19 +121,38 @@ def test_mean_square_counts_only_where_the_weight_is():
 def test_surplus_ignores_less_noise_and_what_chance_explains(variance, least, most):
     """v of the step 0.25, 768 dimensions: a gap of 1 % almost vanishes, one of ln 2 stays."""
     level = torch.logit(torch.tensor([0.75]))
-    assert least <= surplus(energy_posterior(*noise_at(variance, 768)), level).item() <= most
+    assert least <= energy_posterior(*noise_at(variance, 768)).surplus(level).item() <= most
 
 
-def test_the_model_is_asked_at_the_samples_level():
-    level = torch.logit(torch.tensor([0.75]))
-    noisy, clean = energy_posterior(*noise_at(0.5)), energy_posterior(*noise_at(0.1))
+@pytest.mark.parametrize("variance", [0.01, 0.25, 0.7, 0.995])
+def test_noise_that_is_added_is_found_at_every_level(variance):
+    """Also near pure noise, where a variance-preserving sample of any other level has nearly the same energy. At a run's
+    first step nothing was added, whatever chance made of the noise."""
+    level, estimator = torch.logit(torch.tensor([1 - variance])), EnergyEstimator()
+    u, anchor = noise_at(variance, 3 * 64 * 64)
+    assert estimator.after(u * 1.5, level, anchor).surplus.item() == 0.0
+    estimator.keep(anchor)
+    added = u + math.sqrt(0.3 * variance) * torch.randn(u.shape, generator=torch.Generator().manual_seed(7))
+    assert estimator.before(added, level).surplus.item() == pytest.approx(math.log(1.3), abs=0.03)
+    assert estimator.after(u, level, anchor).surplus.item() < 2e-3
+    assert estimator.after(u - 0.1 * (u - math.sqrt(1 - variance) * anchor), level, anchor).surplus.item() == 0.0
 
-    def asked(posterior, strength):
-        return alpha_and_variance(sample_level(posterior, level, strength))[1].item()
 
-    assert asked(noisy, 1.0) == pytest.approx(0.5, rel=0.01) and asked(clean, 1.0) == pytest.approx(0.25, rel=1e-5)
-    assert asked(noisy, 0.5) == pytest.approx(math.sqrt(0.25 * 0.5), rel=0.01)
-    assert sample_level(None, level, 1.0) is level
+@pytest.mark.parametrize("variance", [0.01, 0.25, 0.7, 0.995])
+@pytest.mark.parametrize("gap", [0.0, 0.02, 0.7])
+def test_a_sample_with_noise_added_is_asked_for_as_what_it_is(variance, gap):
+    """Its signal is as it was: at the level returned, scaled by the factor, alpha and v are those of that level."""
+    level = torch.logit(torch.tensor([1 - variance]))
+    added, factor = with_noise_added(level, torch.tensor([gap]))
+    alpha, v = alpha_and_variance(added)
+    assert (factor * math.sqrt(1 - variance)).item() == pytest.approx(alpha.item(), rel=1e-4)
+    assert (factor * math.sqrt(variance * math.exp(gap))).item() == pytest.approx(v.sqrt().item(), rel=1e-4)
+    assert added.item() == pytest.approx(level.item() - gap, rel=1e-5)
+
+
+def test_no_level_is_noisier_than_all():
+    added, factor = with_noise_added(torch.tensor([LOG_SNR_RANGE[0]]), torch.tensor([9.0]))
+    assert added.item() == LOG_SNR_RANGE[0] and factor.item() == pytest.approx(math.exp(-4.5), rel=1e-3)
 
 
 def test_positions_without_weight_do_not_count():
@@ -165,9 +184,9 @@ def test_a_useless_judge_moves_nothing_it_cannot_know():
     """Logits of NaN become a flat posterior, which is wide: the gap is shrunk, and nothing is NaN."""
     u = torch.randn(2, 3, 8, 8)
     level = torch.tensor([-3.0, 3.0])
-    posterior = NetworkEstimator(lambda v: torch.full((len(v), 128), torch.nan), GRID).before(u, level)
+    posterior, surplus = NetworkEstimator(lambda v: torch.full((len(v), 128), torch.nan), GRID).before(u, level)
     assert torch.allclose(posterior.gamma, torch.full_like(posterior.gamma, 1 / 128))
-    assert surplus(posterior, level).isfinite().all()
+    assert surplus.isfinite().all()
     assert closed_form(u, torch.zeros_like(u), level, posterior).isfinite().all()
 
 
