@@ -48,18 +48,18 @@ def published_gradient(u: torch.Tensor, level: torch.Tensor, judge: Callable, le
     return gradient.nan_to_num()
 
 
-def with_noise_added(level: torch.Tensor, gap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A sample u of this level to which noise was added until its variance was exp(gap) times as large.
+def level_of(level: torch.Tensor, surplus: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sample u of this level that has kept so much of its signal, and whose log-SNR has fallen by the surplus.
 
-    Its signal is as large as before, so that it is not a variance-preserving sample of the level with that variance: near
-    pure noise, where all variances are nearly 1, that one has far less signal.
+    It is no variance-preserving sample of its level: where noise was added to it, that has less signal, and near pure noise,
+    where all variances are nearly 1, far less.
 
     Returns:
-        Its level, (B,), log-SNR - gap, and the factor (B,) by which it is variance-preserving again.
+        Its level, (B,), and the factor (B,) that makes it variance-preserving again.
     """
     alpha, v = alpha_and_variance(level)
-    added = torch.minimum(level, (level - gap).clamp_min(LOG_SNR_RANGE[0]))
-    return added, torch.rsqrt(torch.addcmul(alpha.square(), v, gap.exp()))
+    fallen = torch.minimum(level, (level - surplus).clamp_min(LOG_SNR_RANGE[0]))
+    return fallen, torch.rsqrt(torch.addcmul(alpha.square(), v, surplus.exp())) / kept
 
 
 def root_mean_square(x: torch.Tensor) -> torch.Tensor:

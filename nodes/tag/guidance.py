@@ -16,7 +16,8 @@ from .compatibility import check_predictor
 from .energy import EnergyEstimator
 from .judge import Judge
 from .levels import Schedule
-from .posterior import NetworkEstimator, column
+from .network_estimator import NetworkEstimator
+from .posterior import column
 from .predictor import TimePredictor
 from .process import Process
 from .settings import TagSettings
@@ -101,11 +102,12 @@ class GuidedRun:
         weight = None
         if denoise_mask is not None:
             weight = (denoise_mask.to(device) > 0).float()
+        energy = EnergyEstimator(weight, float(record.schedule.log_snr.min()))
         if predictor is None:
-            self.steering = Steering(settings, EnergyEstimator(weight, float(record.schedule.log_snr.min())))
+            self.steering = Steering(settings, energy)
         else:
             judge = Judge(predictor, device, self.layout, guider)
-            self.steering = Steering(settings, NetworkEstimator(judge, judge.levels), judge.gradient)
+            self.steering = Steering(settings, NetworkEstimator(judge, judge.levels, energy), judge.gradient)
         # The parts of a nested latent share one sigma, and only the image part is measured: it stays the step's.
         self.steering.may_ask_elsewhere = len(self.layout.shapes) == 1
 

@@ -1,10 +1,9 @@
-"""At which noise level does a sample lie? A posterior over levels, from a trained network (or from energy: energy.py).
+"""At which noise level does a sample lie? A posterior over levels, told from energy (energy.py) or by a network.
 
 All in the variance-preserving form u = alpha * x0 + sqrt(v) * eps; samples (B, C, H, W) or (B, C, T, H, W), judged each
 by itself.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,11 +60,15 @@ class Posterior:
 
 
 class Measured(NamedTuple):
-    """Where samples were found to lie: p(level | u), and how much noise too much they have, (B,) >= 0, as ln(variance of the
-    noise / that of the step)."""
+    """Where samples were found to lie.
+
+    posterior: p(level | u). surplus: how much noise too much, (B,) >= 0: the log-SNR of the step less that of the sample.
+    kept: how much of its signal a sample still has, (B,), 1 or less.
+    """
 
     posterior: Posterior
     surplus: torch.Tensor
+    kept: torch.Tensor
 
 
 def beyond_chance(gap: torch.Tensor, variance: torch.Tensor | float) -> torch.Tensor:
@@ -97,40 +100,9 @@ def mean_square(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Te
 
 
 def noisier_of(one: Measured, other: Measured) -> Measured:
-    """For each sample the posterior with the larger mean noise, and the larger surplus."""
+    """For each sample the posterior with the larger mean noise, the larger surplus and the smaller signal."""
     mine, yours = one.posterior, other.posterior
     chosen = (mine.means[:, 1] >= yours.means[:, 1])[:, None]
     pairs = ((mine.levels, yours.levels), (mine.gamma, yours.gamma), (mine.means, yours.means))
-    return Measured(Posterior(*(torch.where(chosen, *pair) for pair in pairs)), torch.maximum(one.surplus, other.surplus))
-
-
-class NetworkEstimator:
-    """The estimate of a trained predictor.
-
-    Args:
-        judge: u (B, ...) -> logits (B, K).
-        levels: (K,) log-SNR of the classes.
-    """
-
-    def __init__(self, judge: Callable[[torch.Tensor], torch.Tensor], levels: torch.Tensor):
-        self.judge = judge
-        self.levels = levels
-        self.terms: torch.Tensor | None = None
-        self._known: tuple[torch.Tensor, Measured] | None = None
-
-    def before(self, u: torch.Tensor, level: torch.Tensor) -> Measured:
-        gamma = self.judge(u).float().nan_to_num().softmax(dim=1)
-        if self.terms is None:
-            self.terms = averaged_terms(self.levels.to(u.device)[None])
-        posterior = Posterior.of(self.levels.to(u.device).expand(len(u), -1), gamma, self.terms)
-        measured = Measured(posterior, posterior.surplus(level))
-        self._known = (u, measured)
-        return measured
-
-    def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
-        if self._known is not None and self._known[0] is u:
-            return self._known[1]
-        return self.before(u, level)
-
-    def keep(self, denoised: torch.Tensor) -> None:
-        self._known = None
+    posterior = Posterior(*(torch.where(chosen, *pair) for pair in pairs))
+    return Measured(posterior, torch.maximum(one.surplus, other.surplus), torch.minimum(one.kept, other.kept))

@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 
 from .alignment import (
-    closed_form, relative_correction, root_mean_square, score_correction, shift, step_omega, with_noise_added,
+    closed_form, level_of, relative_correction, root_mean_square, score_correction, shift, step_omega,
 )
 from .energy import EnergyEstimator
-from .posterior import Measured, NetworkEstimator, Posterior, column
+from .network_estimator import NetworkEstimator
+from .posterior import Measured, Posterior, column
 from .settings import TagSettings
 
 
@@ -81,7 +82,8 @@ class Steering:
         """
         asked, asked_at = u, level
         if self.settings.ask_at == "sample's level" and self.may_ask_elsewhere and before is not None:
-            asked_at, factor = with_noise_added(level, min(self.settings.strength, 1.0) * before.surplus)
+            share = min(self.settings.strength, 1.0)
+            asked_at, factor = level_of(level, share * before.surplus, before.kept.pow(share))
             asked = u * column(factor, u)
         answer = ask(asked, asked_at)
         measured = self.estimator.after(u, level, answer.anchor)

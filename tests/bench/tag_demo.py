@@ -67,7 +67,7 @@ class Sizes:
         return self.steady if noise else self.calm
 
 
-ON_CPU = Sizes(batch=64, calm=256, steady=256, few=512, others=128, measured=32)
+ON_CPU = Sizes(batch=64, calm=128, steady=128, few=512, others=64, measured=32)
 ON_GPU = Sizes(batch=512, calm=4096, steady=2048, few=2048, others=2048, measured=512)
 
 

@@ -59,7 +59,8 @@ class Case:
         one_call, in_run = self.tag.energy.EnergyEstimator(), self.tag.energy.EnergyEstimator()
         in_run.after(self.u_before, self.level_before, self.before)
         in_run.keep(self.before)
-        predictor = posterior.NetworkEstimator(network, self.levels)
+        energy = self.tag.energy.EnergyEstimator()
+        predictor = self.tag.network_estimator.NetworkEstimator(network, self.levels, energy)
         posteriors = {
             "closed form, exact posterior": exact,
             "closed form, training-free (default)": in_run.after(self.u, self.level, self.estimate).posterior,
@@ -86,7 +87,7 @@ def against(score: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
 
 
 def run(pack, output, data) -> dict:
-    from artifact_guard.nodes.tag import alignment, energy, levels, posterior, predictor_files  # noqa: F401
+    from artifact_guard.nodes.tag import alignment, energy, levels, network_estimator, posterior, predictor_files  # noqa: F401
 
     tag = pack.nodes.tag
     predictor = predictor_files.load_predictor("demo_fashion_mnist.safetensors")

@@ -160,18 +160,19 @@ def wasserstein(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def steered(toy: Toy, judge=None, **settings):
     tag = toy.tag
+    energy = tag.energy.EnergyEstimator()
     if judge is None:
-        return tag.steering.Steering(tag.settings.TagSettings(**settings), tag.energy.EnergyEstimator())
+        return tag.steering.Steering(tag.settings.TagSettings(**settings), energy)
 
     def gradient(u, level, omega):
         return tag.alignment.published_gradient(u, level, judge, toy.levels)
 
-    estimator = tag.posterior.NetworkEstimator(judge, toy.levels)
+    estimator = tag.network_estimator.NetworkEstimator(judge, toy.levels, energy)
     return tag.steering.Steering(tag.settings.TagSettings(predictor="toy", **settings), estimator, gradient)
 
 
 def run(pack, output, data) -> dict:
-    from artifact_guard.nodes.tag import alignment, energy, levels, posterior, settings, steering  # noqa: F401
+    from artifact_guard.nodes.tag import alignment, energy, levels, network_estimator, settings, steering  # noqa: F401
 
     distances: dict[str, list[float]] = {}
     for seed in SEEDS:

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from artifact_guard.nodes.tag.alignment import (
-    closed_form, limited, published_gradient, relative_correction, score_correction, shift, with_noise_added,
+    closed_form, level_of, limited, published_gradient, relative_correction, score_correction, shift,
 )
 from artifact_guard.nodes.tag.energy import EnergyEstimator, energy_posterior
 from artifact_guard.nodes.tag.levels import LOG_SNR_RANGE, Schedule, alpha_and_variance, coefficients, log_snr
-from artifact_guard.nodes.tag.posterior import NetworkEstimator, Posterior, mean_square
+from artifact_guard.nodes.tag.network_estimator import NetworkEstimator
+from artifact_guard.nodes.tag.posterior import Posterior, mean_square
 from artifact_guard.nodes.tag.process import Process
 
 from tests.exact.denoiser import ExactDenoiser
@@ -139,20 +140,43 @@ def test_noise_that_is_added_is_found_at_every_level(variance):
 
 
 @pytest.mark.parametrize("variance", [0.01, 0.25, 0.7, 0.995])
-@pytest.mark.parametrize("gap", [0.0, 0.02, 0.7])
-def test_a_sample_with_noise_added_is_asked_for_as_what_it_is(variance, gap):
-    """Its signal is as it was: at the level returned, scaled by the factor, alpha and v are those of that level."""
+@pytest.mark.parametrize("surplus, kept", [(0.0, 1.0), (0.02, 1.0), (0.7, 1.0), (0.3, 0.9)])
+def test_a_sample_is_asked_for_as_what_it_is(variance, surplus, kept):
+    """At the level returned, scaled by the factor, its signal and noise are alpha and sqrt(v) of that level."""
     level = torch.logit(torch.tensor([1 - variance]))
-    added, factor = with_noise_added(level, torch.tensor([gap]))
-    alpha, v = alpha_and_variance(added)
-    assert (factor * math.sqrt(1 - variance)).item() == pytest.approx(alpha.item(), rel=1e-4)
-    assert (factor * math.sqrt(variance * math.exp(gap))).item() == pytest.approx(v.sqrt().item(), rel=1e-4)
-    assert added.item() == pytest.approx(level.item() - gap, rel=1e-5)
+    fallen, factor = level_of(level, torch.tensor([surplus]), torch.tensor([kept]))
+    alpha, v = alpha_and_variance(fallen)
+    noise = kept * math.sqrt(variance * math.exp(surplus))
+    assert (factor * kept * math.sqrt(1 - variance)).item() == pytest.approx(alpha.item(), rel=1e-4)
+    assert (factor * noise).item() == pytest.approx(v.sqrt().item(), rel=1e-4)
+    assert fallen.item() == pytest.approx(level.item() - surplus, rel=1e-5)
 
 
 def test_no_level_is_noisier_than_all():
-    added, factor = with_noise_added(torch.tensor([LOG_SNR_RANGE[0]]), torch.tensor([9.0]))
-    assert added.item() == LOG_SNR_RANGE[0] and factor.item() == pytest.approx(math.exp(-4.5), rel=1e-3)
+    fallen, factor = level_of(torch.tensor([LOG_SNR_RANGE[0]]), torch.tensor([9.0]), torch.ones(1))
+    assert fallen.item() == LOG_SNR_RANGE[0] and factor.item() == pytest.approx(math.exp(-4.5), rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.9, 0.97])
+def test_a_sample_that_shrank_is_told_by_its_signal(factor):
+    """Noise and signal fell alike: the noise is less than it should be, and the log-SNR is what it was."""
+    u, anchor = noise_at(0.1, 3 * 64 * 64)
+    level, estimator = torch.logit(torch.tensor([0.9])), EnergyEstimator()
+    estimator.before(u, torch.tensor([-8.0]))
+    estimator.keep(anchor)
+    shrunk = estimator.before(u * factor, level)
+    lacking = 2.0 * math.exp(-0.5 * (8.0 + level.item()))
+    assert shrunk.kept.item() == pytest.approx(min(1.0, factor + lacking), abs=3e-3)
+    assert shrunk.surplus.item() == pytest.approx(-2 * math.log(shrunk.kept.item()), abs=2e-3)
+
+
+def test_a_run_from_pure_noise_lacks_signal_at_first():
+    """By as much as the noise ratio at its beginning and twice that it is no fault: at its second step nothing is."""
+    u, anchor = noise_at(0.9, 3 * 64 * 64)
+    estimator = EnergyEstimator()
+    estimator.before(u, torch.tensor([-3.0]))
+    estimator.keep(anchor)
+    assert estimator.before(u - 0.7 * math.sqrt(0.1) * anchor, torch.logit(torch.tensor([0.1]))).kept.item() == 1.0
 
 
 def test_positions_without_weight_do_not_count():
@@ -184,7 +208,8 @@ def test_a_useless_judge_moves_nothing_it_cannot_know():
     """Logits of NaN become a flat posterior, which is wide: the gap is shrunk, and nothing is NaN."""
     u = torch.randn(2, 3, 8, 8)
     level = torch.tensor([-3.0, 3.0])
-    posterior, surplus = NetworkEstimator(lambda v: torch.full((len(v), 128), torch.nan), GRID).before(u, level)
+    useless = NetworkEstimator(lambda v: torch.full((len(v), 128), torch.nan), GRID, EnergyEstimator())
+    posterior, surplus, _ = useless.before(u, level)
     assert torch.allclose(posterior.gamma, torch.full_like(posterior.gamma, 1 / 128))
     assert surplus.isfinite().all()
     assert closed_form(u, torch.zeros_like(u), level, posterior).isfinite().all()

@@ -1,0 +1,52 @@
+"""The estimate of a trained predictor of where samples lie."""
+
+from collections.abc import Callable
+
+import torch
+
+from .energy import EnergyEstimator
+from .posterior import Measured, Posterior, averaged_terms
+
+
+class NetworkEstimator:
+    """p(level | u) is the network's; of its surplus and that of the energies (energy.py) the larger counts.
+
+    Args:
+        judge: u (B, ...) -> logits (B, K).
+        levels: (K,) log-SNR of the classes.
+    """
+
+    def __init__(self, judge: Callable[[torch.Tensor], torch.Tensor], levels: torch.Tensor, energy: EnergyEstimator):
+        self.judge, self.levels, self.energy = judge, levels, energy
+        self.terms: torch.Tensor | None = None
+        self._known: tuple[torch.Tensor, Measured] | None = None
+
+    def _told(self, u: torch.Tensor, level: torch.Tensor) -> Measured:
+        """What the network says by itself, which it is asked once a sample."""
+        if self._known is None or self._known[0] is not u:
+            gamma = self.judge(u).float().nan_to_num().softmax(dim=1)
+            if self.terms is None:
+                self.terms = averaged_terms(self.levels.to(u.device)[None])
+            posterior = Posterior.of(self.levels.to(u.device).expand(len(u), -1), gamma, self.terms)
+            surplus = posterior.surplus(level)
+            self._known = (u, Measured(posterior, surplus, torch.ones_like(surplus)))
+        return self._known[1]
+
+    def before(self, u: torch.Tensor, level: torch.Tensor) -> Measured:
+        """What is known before the model is asked."""
+        return with_energies(self._told(u, level), self.energy.before(u, level))
+
+    def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
+        """With the model's estimate at this step, (B, ...), taken into account."""
+        return with_energies(self._told(u, level), self.energy.after(u, level, denoised))
+
+    def keep(self, denoised: torch.Tensor) -> None:
+        self._known = None
+        self.energy.keep(denoised)
+
+
+def with_energies(told: Measured, found: Measured | None) -> Measured:
+    """The network's posterior with the larger surplus of both and the signal that the energies find."""
+    if found is None:
+        return told
+    return Measured(told.posterior, torch.maximum(told.surplus, found.surplus), found.kept)
