@@ -4,17 +4,18 @@ All in the variance-preserving form u = alpha * x0 + sqrt(v) * eps; samples (B, 
 by itself.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from .levels import LOG_SNR_RANGE, alpha_and_variance
-from .posterior import Measured, Posterior, beyond_chance, mean_product, mean_square, noisier_of, terms_of
+from .posterior import Measured, Posterior, beyond_chance, mean_product, mean_square, terms_of
 
 COARSE, NODES = 256, 65
 """Levels among which the likeliest is looked for, and levels around it at which an energy's posterior is kept."""
 
-
 LACKING = 2.0
-"""See deviation. With 0 undisturbed runs of the demo model (20 steps) moved by 0.24 RMS, with 1 by 0.12, with 2 by 0.03, with 4 by
+"""See Step. With 0 undisturbed runs of the demo model (20 steps) moved by 0.24 RMS, with 1 by 0.12, with 2 by 0.03, with 4 by
 0.02; the drift of the toy was corrected to 0.28, 0.31, 0.34 and 0.43 of its distance (`bench tag_toy`, exact score)."""
 
 
@@ -22,8 +23,7 @@ class EnergyGrid:
     """The levels among which an energy's posterior is looked for, and all that it needs of them, made once a run.
 
     Found on a coarse grid over all levels, kept on a fine one around the coarse level that was found, as wide as four of its
-    standard deviations, sqrt(2 / n) in ln v. Tables hold what both need, since each operation is a launch on a GPU and a
-    sample is judged twice at every step of a run; but of the fine levels, which are many, no more than four terms.
+    standard deviations, sqrt(2 / n) in ln v. Tables hold what both need, since each operation is a launch on a GPU; but of the fine levels, which are many, no more than four terms.
 
     Args:
         noisiest: the lowest log-SNR that a sample can have.
@@ -61,23 +61,50 @@ def minus_log_likelihood(of_u, across, of_anchor, alpha, alpha_squared, precisio
     return torch.addcmul(log_v, energy.clamp_min(0.0), precision)
 
 
-def deviation(of_u, across, of_anchor, level, first, dimensions: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(surplus, kept), each (B,), of a sample u = kept * alpha * anchor + noise, from the means as in EnergyGrid.posterior.
+class Step:
+    """What the estimates of one step share: terms of its level, each (B,).
 
-    kept is the regression of u on the anchor, 1 as far as chance explains less; the variance of the noise is what remains.
-    A run from pure noise begins without any signal and lacks 1 / the ratio of noise of it later on: that, and as much again,
-    counts as kept.
-
-    Args:
-        level: (B,) log-SNR of the step; first: (B,) of the run's first.
+    A run from pure noise begins without any signal and lacks 1 / the ratio of noise of it later on: that, and as much again
+    (LACKING), is no fault. `expected` is what it then has to have.
     """
-    alpha, v = alpha_and_variance(level)
-    signal = (alpha.square() * of_anchor).clamp_min(1e-12)
-    lacking = LACKING * torch.exp(0.5 * (first - level))
-    kept = 1.0 - beyond_chance(1.0 - lacking - alpha * across / signal, v / (dimensions * signal)).clamp_max(0.9)
-    energy = torch.addcmul(of_u, kept, kept * signal - 2.0 * alpha * across)
-    noise = beyond_chance((energy.clamp_min(1e-12) / v).log(), 2.0 / dimensions)
-    return noise - 2.0 * kept.log(), kept
+
+    def __init__(self, level: torch.Tensor, first: torch.Tensor, dimensions: float):
+        self.level, self.dimensions = level, dimensions
+        self.alpha, self.v = alpha_and_variance(level)
+        self.alpha_squared = 1.0 - self.v
+        self.chance = self.v / dimensions
+        self.expected = 1.0 - LACKING * torch.exp(0.5 * (first - level))
+
+
+class Remainder(NamedTuple):
+    """What remains of samples u = kept * alpha * anchor + noise when an anchor is taken away, each (B,).
+
+    across, of_anchor: means of u * anchor and of anchor^2. energy: of the noise, over the step's v. surplus: how far the log-SNR
+    has fallen, and kept: as in Measured, both beyond what chance explains.
+    """
+
+    across: torch.Tensor
+    of_anchor: torch.Tensor
+    energy: torch.Tensor
+    surplus: torch.Tensor
+    kept: torch.Tensor
+
+    @classmethod
+    def of(cls, of_u: torch.Tensor, across: torch.Tensor, of_anchor: torch.Tensor, step: Step) -> "Remainder":
+        """From the means of u^2, u * anchor and anchor^2: kept is the regression of u on the anchor."""
+        signal, product = (step.alpha_squared * of_anchor).clamp_min(1e-12), step.alpha * across
+        lost = beyond_chance(torch.addcdiv(step.expected, product, signal, value=-1.0), step.chance / signal).clamp_max(0.9)
+        kept = 1.0 - lost
+        energy = torch.addcmul(of_u, kept, torch.add(kept * signal, product, alpha=-2.0)).clamp_min(1e-12) / step.v
+        surplus = torch.add(beyond_chance(energy.log(), 2.0 / step.dimensions), kept.log(), alpha=-2.0)
+        return cls(across, of_anchor, energy, surplus, kept)
+
+
+def noisier_of(one: Remainder, other: Remainder) -> Remainder:
+    """For each sample the means of the one with more energy, the larger surplus and the smaller signal."""
+    chosen = one.energy >= other.energy
+    means = (torch.where(chosen, mine, yours) for mine, yours in zip(one[:3], other[:3]))
+    return Remainder(*means, torch.maximum(one.surplus, other.surplus), torch.minimum(one.kept, other.kept))
 
 
 def energy_posterior(
@@ -119,7 +146,8 @@ class EnergyEstimator:
         self.previous: torch.Tensor | None = None
         self.first: torch.Tensor | None = None
         self._squares: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._before: tuple[torch.Tensor, Measured] | None = None
+        self._step: Step | None = None
+        self._before: tuple[torch.Tensor, Remainder] | None = None
 
     def _square(self, x: torch.Tensor) -> torch.Tensor:
         """mean_square of u and of estimates, each taken once while it is used."""
@@ -129,31 +157,33 @@ class EnergyEstimator:
         self._squares.append((x, mean_square(x, self.weight)))
         return self._squares[-1][1]
 
-    def _measured(self, u: torch.Tensor, level: torch.Tensor, anchor: torch.Tensor) -> Measured:
-        dimensions = max(u[0].numel() * self.share, 1.0)
-        if self.grid is None or self.grid.dimensions != dimensions:
-            self.grid = EnergyGrid(self.noisiest, dimensions, u.device)
-        means = self._square(u), mean_product(u, anchor, self.weight), self._square(anchor)
-        return Measured(self.grid.posterior(*means), *deviation(*means, level, self.first, dimensions))
-
-    def before(self, u: torch.Tensor, level: torch.Tensor) -> Measured | None:
-        """What is known before the model is asked; None at the first step."""
+    def _remainder(self, u: torch.Tensor, level: torch.Tensor, anchor: torch.Tensor) -> Remainder:
         if self.first is None or self.first.shape != level.shape:
             self.first = level
+        if self._step is None or self._step.level is not level:
+            self._step = Step(level, self.first, max(u[0].numel() * self.share, 1.0))
+        return Remainder.of(self._square(u), mean_product(u, anchor, self.weight), self._square(anchor), self._step)
+
+    def before(self, u: torch.Tensor, level: torch.Tensor) -> Remainder | None:
+        """What is known before the model is asked; None at the first step."""
         if self.previous is None or self.previous.shape != u.shape:
             return None
         if self._before is None or self._before[0] is not u:
-            self._before = (u, self._measured(u, level, self.previous))
+            self._before = (u, self._remainder(u, level, self.previous))
         return self._before[1]
 
     def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
         """With the model's estimate at this step, (B, ...), taken into account. At the first step there is no surplus: nothing
         was added yet, and what the noise of a start has too much by chance is its own.
         """
-        before, now = self.before(u, level), self._measured(u, level, denoised)
+        before, found = self.before(u, level), self._remainder(u, level, denoised)
         if before is None:
-            return now._replace(surplus=torch.zeros_like(now.surplus), kept=torch.ones_like(now.kept))
-        return noisier_of(before, now)
+            found = found._replace(surplus=torch.zeros_like(found.surplus), kept=torch.ones_like(found.kept))
+        else:
+            found = noisier_of(before, found)
+        if self.grid is None or self.grid.dimensions != self._step.dimensions:
+            self.grid = EnergyGrid(self.noisiest, self._step.dimensions, u.device)
+        return Measured(self.grid.posterior(self._square(u), found.across, found.of_anchor), found.surplus, found.kept)
 
     def keep(self, denoised: torch.Tensor) -> None:
         """The model's own estimate at this step, before any correction: it stands for the image at the next one."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .energy import EnergyEstimator
+from .energy import EnergyEstimator, Remainder
 from .posterior import Measured, Posterior, averaged_terms
 
 
@@ -45,7 +45,7 @@ class NetworkEstimator:
         self.energy.keep(denoised)
 
 
-def with_energies(told: Measured, found: Measured | None) -> Measured:
+def with_energies(told: Measured, found: Measured | Remainder | None) -> Measured:
     """The network's posterior with the larger surplus of both and the signal that the energies find."""
     if found is None:
         return told

@@ -97,12 +97,3 @@ def mean_product(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None =
 def mean_square(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of x^2, as in mean_product."""
     return mean_product(x, x, weight)
-
-
-def noisier_of(one: Measured, other: Measured) -> Measured:
-    """For each sample the posterior with the larger mean noise, the larger surplus and the smaller signal."""
-    mine, yours = one.posterior, other.posterior
-    chosen = (mine.means[:, 1] >= yours.means[:, 1])[:, None]
-    pairs = ((mine.levels, yours.levels), (mine.gamma, yours.gamma), (mine.means, yours.means))
-    posterior = Posterior(*(torch.where(chosen, *pair) for pair in pairs))
-    return Measured(posterior, torch.maximum(one.surplus, other.surplus), torch.minimum(one.kept, other.kept))

@@ -8,7 +8,7 @@ import torch
 from .alignment import (
     closed_form, level_of, relative_correction, root_mean_square, score_correction, shift, step_omega,
 )
-from .energy import EnergyEstimator
+from .energy import EnergyEstimator, Remainder
 from .network_estimator import NetworkEstimator
 from .posterior import Measured, Posterior, column
 from .settings import TagSettings
@@ -73,7 +73,7 @@ class Steering:
             return self.gradient(u, level, step_omega(omega, level))
         return closed_form(u, anchor, level, measured.posterior)
 
-    def _relative(self, ask: Ask, x, u, level, before: Measured | None):
+    def _relative(self, ask: Ask, x, u, level, before: Measured | Remainder | None):
         """Asks the model at the level the sample really has, and corrects in proportion to the gap.
 
         Asking there is not in the paper: a network that is told too little noise takes the surplus for detail, and no
@@ -92,7 +92,7 @@ class Steering:
         correction = relative_correction(tls, reach, self.settings.strength, measured.surplus)
         return corrected(answer, correction), measured
 
-    def _score(self, ask: Ask, x, u, level, before: Measured | None):
+    def _score(self, ask: Ask, x, u, level, before: Measured | Remainder | None):
         """The paper's score guidance, Eq. 7."""
         answer = ask(u, level)
         measured = self.estimator.after(u, level, answer.anchor)
@@ -100,7 +100,7 @@ class Steering:
         reach = root_mean_square(answer.denoised.float() - x.float())
         return corrected(answer, score_correction(tls, reach, self.settings.strength, level)), measured
 
-    def _shift(self, ask: Ask, x, u, level, before: Measured | None):
+    def _shift(self, ask: Ask, x, u, level, before: Measured | Remainder | None):
         """The paper's Algorithm 1, as far as a MODEL patch can: the model's estimate at the shifted sample. The sampler
         goes on from its own x. The closed form needs an estimate first, which is one more model call.
         """

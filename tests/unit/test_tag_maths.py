@@ -162,7 +162,7 @@ def test_a_sample_that_shrank_is_told_by_its_signal(factor):
     """Noise and signal fell alike: the noise is less than it should be, and the log-SNR is what it was."""
     u, anchor = noise_at(0.1, 3 * 64 * 64)
     level, estimator = torch.logit(torch.tensor([0.9])), EnergyEstimator()
-    estimator.before(u, torch.tensor([-8.0]))
+    estimator.after(u, torch.tensor([-8.0]), anchor)
     estimator.keep(anchor)
     shrunk = estimator.before(u * factor, level)
     lacking = 2.0 * math.exp(-0.5 * (8.0 + level.item()))
@@ -174,7 +174,7 @@ def test_a_run_from_pure_noise_lacks_signal_at_first():
     """By as much as the noise ratio at its beginning and twice that it is no fault: at its second step nothing is."""
     u, anchor = noise_at(0.9, 3 * 64 * 64)
     estimator = EnergyEstimator()
-    estimator.before(u, torch.tensor([-3.0]))
+    estimator.after(u, torch.tensor([-3.0]), anchor)
     estimator.keep(anchor)
     assert estimator.before(u - 0.7 * math.sqrt(0.1) * anchor, torch.logit(torch.tensor([0.1]))).kept.item() == 1.0
 
