@@ -1,5 +1,7 @@
-"""Pictures for TAG's help pages and template: the same noise without and with guidance, in few steps and disturbed."""
+"""Pictures for TAG's help pages and template: the same noise without and with guidance, disturbed in two ways."""
 
+import comfy.sample
+import comfy.samplers
 import torch
 from PIL import Image, ImageDraw
 
@@ -10,7 +12,7 @@ from .tag_demo import DemoRuns, Sizes
 from .tag_runs import PREDICTOR, guided
 
 SHOWN, NOISE, TILE, GAP, LABEL = 8, 0.2, 96, 4, 150
-TEMPLATE_CLASS, TEMPLATE_SEED, TEMPLATE_STEPS, TEMPLATE_CFG = "t-shirt", 7, 5, 1.0
+TEMPLATE_CLASS, TEMPLATE_SEED, TEMPLATE_STEPS, TEMPLATE_CFG, TEMPLATE_NOISE = "t-shirt", 7, 20, 2.5, 1.15
 """As in workflows/tag.json."""
 DOCS = ROOT / "web" / "docs" / "images"
 
@@ -69,19 +71,20 @@ def run(pack, output, data) -> dict:
 
 
 def template_sheet(demo_model, model, train) -> Image.Image:
-    """What workflows/tag.json makes: the same KSampler run without and with guidance, and the time gap."""
-    import nodes as core
+    """What workflows/tag.json makes: the same noisy run without and with guidance, and the time gap."""
     from artifact_guard.nodes.tag.time_gap import draw_time_gap
 
     helped, report = guided(model, train, PREDICTOR)
     positive, negative = ([[demo_model.class_token(c), {}]] for c in (demo_model.LABELS.index(TEMPLATE_CLASS), None))
     rows = {}
-    for name, used in ((f"{TEMPLATE_STEPS} steps", model), (f"{TEMPLATE_STEPS} steps,\nTAG", helped)):
-        latent = {"samples": torch.zeros(SHOWN, 3, 32, 32)}
+    sampler = comfy.samplers.ksampler("euler_ancestral", {"eta": 1.0, "s_noise": TEMPLATE_NOISE})
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", TEMPLATE_STEPS)
+    latent = torch.zeros(SHOWN, 3, 32, 32)
+    noise = comfy.sample.prepare_noise(latent, TEMPLATE_SEED)
+    for name, used in ((f"s_noise {TEMPLATE_NOISE}", model), (f"s_noise {TEMPLATE_NOISE},\nTAG", helped)):
         with torch.inference_mode():
-            (out,) = core.common_ksampler(
-                used, TEMPLATE_SEED, TEMPLATE_STEPS, TEMPLATE_CFG, "euler", "normal", positive, negative, latent)
-        rows[name] = out["samples"]
+            rows[name] = comfy.sample.sample_custom(
+                used, noise, TEMPLATE_CFG, sampler, sigmas, positive, negative, latent, disable_pbar=True, seed=TEMPLATE_SEED)
     return sheet(rows, draw_time_gap(report.runs[-1]))
 
 

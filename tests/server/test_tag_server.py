@@ -43,7 +43,7 @@ def test_template_guides_and_measures(comfy_server, workflow):
     assert len(without) == len(guided) == 2 and len(curve) == 1
     assert not any(np.array_equal(pixels(a), pixels(b)) for a, b in zip(without, guided))
     told = summary(workflow, entry)
-    steps = workflow[find(upstream(workflow, find(workflow, "TAGTimeGap")), "KSampler")]["inputs"]["steps"]
+    steps = workflow[find(workflow, "BasicScheduler")]["inputs"]["steps"]
     assert told["status"] == "guided" and told["estimate_of_time"] == "time predictor" and len(told["steps"]) == steps
     assert 0 < told["time_gap"] < 200
 
@@ -63,9 +63,9 @@ def test_the_shipped_predictor_is_offered(object_info):
 
 def training(workflow: dict, **settings) -> dict:
     """A graph that trains on the template's own pictures and saves the result."""
-    bare = next(i for i, node in workflow.items() if node["class_type"] == "KSampler")
+    bare = next(i for i, node in workflow.items() if node["class_type"] == "SamplerCustom")
     part = with_inputs(upstream(workflow, bare), "EmptyChromaRadianceLatentImage", batch_size=4)
-    part = with_inputs(part, "KSampler", steps=2)
+    part = with_inputs(part, "BasicScheduler", steps=2)
     model = find(part, "ArtifactGuardDemoModel")
     widgets = {"steps": 2, "batch_size": 2, "learning_rate": 1e-4, "seed": 0} | settings
     part["train"] = {"class_type": "TAGTrainTimePredictor", "inputs": {"model": [model, 0], "latents": [bare, 0], **widgets}}
