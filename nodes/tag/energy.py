@@ -64,8 +64,8 @@ def minus_log_likelihood(of_u, across, of_anchor, alpha, alpha_squared, precisio
 class Step:
     """What the estimates of one step share: terms of its level, each (B,).
 
-    A run from pure noise begins without any signal and lacks 1 / the ratio of noise of it later on: that, and as much again
-    (LACKING), is no fault. `expected` is what it then has to have.
+    A run from pure noise begins without any signal, and later lacks as large a share of it as the noise ratio b / a is of the
+    first one. That, and as much again (LACKING), is no fault: `expected` is the share that it has to have.
     """
 
     def __init__(self, level: torch.Tensor, first: torch.Tensor, dimensions: float):
