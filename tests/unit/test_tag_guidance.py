@@ -85,7 +85,7 @@ def test_undisturbed_runs_of_a_trained_network_stay(cfg):
     tokens = {"positive": [[classes, {}]], "negative": [[class_token(None), {}]]}
     options = {"shape": (8, 3, 32, 32), "steps": 20, "cfg": cfg} | tokens
     apart = (run(guide(bare)[0], **options) - run(bare, **options)).square().mean().sqrt()
-    assert apart < 0.04
+    assert apart < 0.06
 
 
 @pytest.mark.parametrize("patch", ["cfg", "post-cfg function", "guider of its own"])
