@@ -23,7 +23,8 @@ class EnergyGrid:
     """The levels among which an energy's posterior is looked for, and all that it needs of them, made once a run.
 
     Found on a coarse grid over all levels, kept on a fine one around the coarse level that was found, as wide as four of its
-    standard deviations, sqrt(2 / n) in ln v. Tables hold what both need, since each operation is a launch on a GPU; but of the fine levels, which are many, no more than four terms.
+    standard deviations, sqrt(2 / n) in ln v. Tables hold what both need, since each operation is a launch on a GPU; but of
+    the fine levels, which are many, no more than four terms.
 
     Args:
         noisiest: the lowest log-SNR that a sample can have.
@@ -172,15 +173,18 @@ class EnergyEstimator:
             self._before = (u, self._remainder(u, level, self.previous))
         return self._before[1]
 
-    def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
+    def found(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Remainder:
         """With the model's estimate at this step, (B, ...), taken into account. At the first step there is no surplus: nothing
         was added yet, and what the noise of a start has too much by chance is its own.
         """
-        before, found = self.before(u, level), self._remainder(u, level, denoised)
+        before, now = self.before(u, level), self._remainder(u, level, denoised)
         if before is None:
-            found = found._replace(surplus=torch.zeros_like(found.surplus), kept=torch.ones_like(found.kept))
-        else:
-            found = noisier_of(before, found)
+            return now._replace(surplus=torch.zeros_like(now.surplus), kept=torch.ones_like(now.kept))
+        return noisier_of(before, now)
+
+    def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
+        """The same, with the posterior over levels."""
+        found = self.found(u, level, denoised)
         if self.grid is None or self.grid.dimensions != self._step.dimensions:
             self.grid = EnergyGrid(self.noisiest, self._step.dimensions, u.device)
         return Measured(self.grid.posterior(self._square(u), found.across, found.of_anchor), found.surplus, found.kept)

@@ -38,14 +38,14 @@ class NetworkEstimator:
 
     def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
         """With the model's estimate at this step, (B, ...), taken into account."""
-        return with_energies(self._told(u, level), self.energy.after(u, level, denoised))
+        return with_energies(self._told(u, level), self.energy.found(u, level, denoised))
 
     def keep(self, denoised: torch.Tensor) -> None:
         self._known = None
         self.energy.keep(denoised)
 
 
-def with_energies(told: Measured, found: Measured | Remainder | None) -> Measured:
+def with_energies(told: Measured, found: Remainder | None) -> Measured:
     """The network's posterior with the larger surplus of both and the signal that the energies find."""
     if found is None:
         return told
