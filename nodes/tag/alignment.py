@@ -73,10 +73,11 @@ def limited(correction: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
 
 
 def relative_correction(tls: torch.Tensor, reach: torch.Tensor, strength: float, gap: torch.Tensor) -> torch.Tensor:
-    """A step along the TLS whose RMS is strength * (1 - sqrt(v / v of the sample)) times `reach`, at most half of `reach`.
+    """A step along the TLS whose RMS is strength * (1 - exp(-gap / 2)) times `reach`, at most half of `reach`: with noise added
+    alone, exp(-gap / 2) is sqrt(v / v of the sample).
 
     Args:
-        reach: (B,) RMS(D - x) in the model's own form. gap: (B,) surplus of noise.
+        reach: (B,) RMS(D - x) in the model's own form. gap: (B,) the surplus, by which the log-SNR has fallen.
     """
     size = (-strength * torch.expm1(-0.5 * gap)).clamp(max=LARGEST_CORRECTION) * reach
     tls = tls.nan_to_num(0.0, 0.0, 0.0)

@@ -58,17 +58,21 @@ def unit(x: torch.Tensor, across: torch.Tensor | None = None) -> torch.Tensor:
 class TwoSteps:
     """A sampler that asks the model at b / a of RATIOS, the second time at a sample with EXCESS more variance in its noise.
 
-    told: what the model was asked at, as b / a. share: RMS of the correction over RMS(D - x), of each sample.
+    told: what the model was asked at, as b / a. signal: how much of x0 its samples held, over a of that. share: RMS of the correction over RMS(D - x), of each sample.
     """
 
     def __init__(self, patcher, clean: torch.Tensor, excess: float = EXCESS):
         self.sampling, self.clean, self.excess = patcher.get_model_object("model_sampling"), clean, excess
         self.told: list[float] = []
+        self.signal: list[float] = []
         self.patcher = patcher.clone()
         self.patcher.set_model_unet_function_wrapper(self.answer)
 
     def answer(self, apply_model, args):
-        self.told.append(noise_ratio(self.sampling, args["timestep"].flatten()[0]))
+        sigma = args["timestep"].flatten()[0]
+        self.told.append(noise_ratio(self.sampling, sigma))
+        held = (args["input"].float() * self.clean.to(args["input"])).mean()
+        self.signal.append(held.item() / float(coefficients(self.sampling, sigma)[0]))
         return self.clean.to(args["input"])
 
     def sample(self, model_k, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -116,6 +120,7 @@ def test_one_strength_does_the_same_to_every_model(family):
     expected = 1 - 1 / math.sqrt(1 + EXCESS)
     assert done.share.tolist() == pytest.approx([expected] * 2, rel=0.03)
     assert done.told == pytest.approx([RATIOS[0], RATIOS[1] * math.sqrt(1 + EXCESS)], rel=0.01)
+    assert done.signal == pytest.approx([1.0, 1.0], rel=0.01)
     assert two_steps(family, strength=0.5).share.tolist() == pytest.approx([expected / 2] * 2, rel=0.03)
 
 
