@@ -8,15 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from .levels import LOG_SNR_RANGE, alpha_and_variance
+from .course import Course
+from .levels import LOG_SNR_RANGE, Step, alpha_and_variance
 from .posterior import Measured, Posterior, beyond_chance, mean_product, mean_square, terms_of
 
 COARSE, NODES = 256, 65
 """Levels among which the likeliest is looked for, and levels around it at which an energy's posterior is kept."""
-
-LACKING = 2.0
-"""See Step. With 0 undisturbed runs of the demo model (20 steps) moved by 0.24 RMS, with 1 by 0.12, with 2 by 0.03, with 4 by
-0.02; the drift of the toy was corrected to 0.28, 0.31, 0.34 and 0.43 of its distance (`bench tag_toy`, exact score)."""
 
 
 class EnergyGrid:
@@ -62,23 +59,8 @@ def minus_log_likelihood(of_u, across, of_anchor, alpha, alpha_squared, precisio
     return torch.addcmul(log_v, energy.clamp_min(0.0), precision)
 
 
-class Step:
-    """What the estimates of one step share: terms of its level, each (B,).
-
-    A run from pure noise begins without any signal, and later lacks as large a share of it as the noise ratio b / a is of the
-    first one. That, and as much again (LACKING), is no fault: `expected` is the share that it has to have.
-    """
-
-    def __init__(self, level: torch.Tensor, first: torch.Tensor, dimensions: float):
-        self.level, self.dimensions = level, dimensions
-        self.alpha, self.v = alpha_and_variance(level)
-        self.alpha_squared = 1.0 - self.v
-        self.chance = self.v / dimensions
-        self.expected = 1.0 - LACKING * torch.exp(0.5 * (first - level))
-
-
 class Remainder(NamedTuple):
-    """What remains of samples u = kept * alpha * anchor + noise when an anchor is taken away, each (B,).
+    """What remains of samples when the part of them that is an anchor is taken away, each (B,).
 
     across, of_anchor: means of u * anchor and of anchor^2. energy: of the noise, over the step's v. surplus: how far the log-SNR
     has fallen, and kept: as in Measured, both beyond what chance explains.
@@ -91,13 +73,18 @@ class Remainder(NamedTuple):
     kept: torch.Tensor
 
     @classmethod
-    def of(cls, of_u: torch.Tensor, across: torch.Tensor, of_anchor: torch.Tensor, step: Step) -> "Remainder":
-        """From the means of u^2, u * anchor and anchor^2: kept is the regression of u on the anchor."""
-        signal, product = (step.alpha_squared * of_anchor).clamp_min(1e-12), step.alpha * across
-        lost = beyond_chance(torch.addcdiv(step.expected, product, signal, value=-1.0), step.chance / signal).clamp_max(0.9)
+    def of(cls, of_u, across, of_anchor, due, step: Step, dimensions: float) -> "Remainder":
+        """From the means of u^2, u * anchor, anchor^2, and of the anchor with the sample of the course (course.py), (B,) each.
+
+        The part is found by regression on the anchor, at most the whole of it. What the course has more of it was lost.
+        """
+        whole = (step.alpha * of_anchor).clamp_min(1e-12)
+        share = (across / whole).clamp(0.0, 1.0)
+        lost = beyond_chance((due - across) / whole, step.v / (step.alpha * whole * dimensions)).clamp_max(0.9)
+        less = share * torch.sub(share * whole, across, alpha=2.0)
+        energy = torch.addcmul(of_u, step.alpha, less).clamp_min(1e-12) / step.v
         kept = 1.0 - lost
-        energy = torch.addcmul(of_u, kept, torch.add(kept * signal, product, alpha=-2.0)).clamp_min(1e-12) / step.v
-        surplus = torch.add(beyond_chance(energy.log(), 2.0 / step.dimensions), kept.log(), alpha=-2.0)
+        surplus = torch.sub(beyond_chance(energy.log(), 2.0 / dimensions), kept.log(), alpha=2.0)
         return cls(across, of_anchor, energy, surplus, kept)
 
 
@@ -132,7 +119,9 @@ class EnergyEstimator:
 
     What remains says two things. The posterior over levels takes u for a variance-preserving sample of some level, as the
     time-linked score needs it. The surplus takes it for a sample of the step's level that was given noise or has lost
-    signal: near pure noise, where all levels have nearly the same variance, only that tells how much.
+    signal: near pure noise, where all levels have nearly the same variance, only that tells how much. Lost is what the
+    course of the run has and the sample has not: a run from pure noise begins without any signal, and large steps leave
+    it behind what the model sees by then; neither is a fault.
 
     Args:
         weight: which positions count, as in mean_square.
@@ -145,7 +134,7 @@ class EnergyEstimator:
         self.share = 1.0 if weight is None else float(weight.float().mean())
         self.grid: EnergyGrid | None = None
         self.previous: torch.Tensor | None = None
-        self.first: torch.Tensor | None = None
+        self.course = Course()
         self._squares: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._step: Step | None = None
         self._before: tuple[torch.Tensor, Remainder] | None = None
@@ -158,26 +147,32 @@ class EnergyEstimator:
         self._squares.append((x, mean_square(x, self.weight)))
         return self._squares[-1][1]
 
-    def _remainder(self, u: torch.Tensor, level: torch.Tensor, anchor: torch.Tensor) -> Remainder:
-        if self.first is None or self.first.shape != level.shape:
-            self.first = level
-        if self._step is None or self._step.level is not level:
-            self._step = Step(level, self.first, max(u[0].numel() * self.share, 1.0))
-        return Remainder.of(self._square(u), mean_product(u, anchor, self.weight), self._square(anchor), self._step)
+    def _dimensions(self, u: torch.Tensor) -> float:
+        return max(u[0].numel() * self.share, 1.0)
+
+    def _begin(self, u: torch.Tensor, level: torch.Tensor) -> None:
+        if self._step is None:
+            self._step = Step.at(level)
+            self.course.go_to(self._step, u)
+
+    def _remainder(self, u: torch.Tensor, anchor: torch.Tensor) -> Remainder:
+        across, due = (mean_product(sample, anchor, self.weight) for sample in (u, self.course.u))
+        return Remainder.of(self._square(u), across, self._square(anchor), due, self._step, self._dimensions(u))
 
     def before(self, u: torch.Tensor, level: torch.Tensor) -> Remainder | None:
         """What is known before the model is asked; None at the first step."""
+        self._begin(u, level)
         if self.previous is None or self.previous.shape != u.shape:
             return None
         if self._before is None or self._before[0] is not u:
-            self._before = (u, self._remainder(u, level, self.previous))
+            self._before = (u, self._remainder(u, self.previous))
         return self._before[1]
 
     def found(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Remainder:
         """With the model's estimate at this step, (B, ...), taken into account. At the first step there is no surplus: nothing
         was added yet, and what the noise of a start has too much by chance is its own.
         """
-        before, now = self.before(u, level), self._remainder(u, level, denoised)
+        before, now = self.before(u, level), self._remainder(u, denoised)
         if before is None:
             return now._replace(surplus=torch.zeros_like(now.surplus), kept=torch.ones_like(now.kept))
         return noisier_of(before, now)
@@ -185,11 +180,14 @@ class EnergyEstimator:
     def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
         """The same, with the posterior over levels."""
         found = self.found(u, level, denoised)
-        if self.grid is None or self.grid.dimensions != self._step.dimensions:
-            self.grid = EnergyGrid(self.noisiest, self._step.dimensions, u.device)
+        if self.grid is None or self.grid.dimensions != self._dimensions(u):
+            self.grid = EnergyGrid(self.noisiest, self._dimensions(u), u.device)
         return Measured(self.grid.posterior(self._square(u), found.across, found.of_anchor), found.surplus, found.kept)
 
-    def keep(self, denoised: torch.Tensor) -> None:
-        """The model's own estimate at this step, before any correction: it stands for the image at the next one."""
-        self.previous, self._before = denoised, None
+    def keep(self, denoised: torch.Tensor, given: torch.Tensor) -> None:
+        """The model's own estimate at this step, before any correction: it stands for the image at the next one. And the one
+        that the sampler was given.
+        """
+        self.previous, self._before, self._step = denoised, None, None
         self._squares = [known for known in self._squares if known[0] is denoised]
+        self.course.keep(given)

@@ -6,6 +6,7 @@ v = 1 - abar_t). A level is its log-SNR 2 ln(a / b), which every model family sh
 
 import weakref
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -115,3 +116,15 @@ def log_snr(of_both: torch.Tensor) -> torch.Tensor:
 def alpha_and_variance(level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """alpha = sqrt(abar) and v = 1 - abar of log-SNRs: abar = sigmoid(log-SNR)."""
     return torch.sigmoid(level).sqrt(), torch.sigmoid(-level)
+
+
+class Step(NamedTuple):
+    """A step's level, and alpha and v of it, each (B,)."""
+
+    level: torch.Tensor
+    alpha: torch.Tensor
+    v: torch.Tensor
+
+    @classmethod
+    def at(cls, level: torch.Tensor) -> "Step":
+        return cls(level, *alpha_and_variance(level))

@@ -65,7 +65,7 @@ class Steering:
             answer, measured = guide(ask, x, u, level, before)
         if measured is None:
             measured = self.estimator.after(u, level, answer.anchor)
-        self.estimator.keep(answer.anchor)
+        self.estimator.keep(answer.anchor, answer.denoised)
         return answer.denoised, measured.posterior
 
     def _time_linked_score(self, u, anchor, level, measured: Measured | None, omega: float) -> torch.Tensor:

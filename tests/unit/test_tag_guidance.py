@@ -44,11 +44,11 @@ def test_aligned_runs_stay_and_noisy_runs_do_not(kind):
     guided, report = guide(bare)
     apart = (run(guided) - run(bare)).abs().mean().item()
     moved = (run(guided, noise=0.3) - run(bare, noise=0.3)).abs().mean().item()
-    assert apart < 0.02 and moved > 5 * apart
+    assert apart < 0.002 and moved > 5 * apart
     left, seen = guide(bare, strength=0.0)
     run(left, noise=0.3)
     calm, rough = (record.time_gap() for record in report.runs)
-    assert seen.runs[0].time_gap() > rough > 2 * calm
+    assert seen.runs[0].time_gap() > max(rough, 3 * calm)
 
 
 @pytest.mark.parametrize("kind", (*KINDS, "demo"))
