@@ -59,10 +59,30 @@ def minus_log_likelihood(of_u, across, of_anchor, alpha, alpha_squared, precisio
     return torch.addcmul(log_v, energy.clamp_min(0.0), precision)
 
 
+class Samples:
+    """What the estimates of one step share: the run's sample and, beside it, the one of its course (course.py).
+
+    both: (2, B, ...). square: the mean square of the run's, (B,).
+    """
+
+    def __init__(self, u: torch.Tensor, course: torch.Tensor, step: Step, weight: torch.Tensor | None, dimensions: float):
+        self.step, self.weight, self.dimensions = step, weight, dimensions
+        self.both, self.square = torch.stack([u, course]), mean_square(u, weight)
+
+    def times(self, anchor: torch.Tensor) -> torch.Tensor:
+        """Means (2, B) of their products with an anchor (B, ...)."""
+        return mean_product(self.both, anchor, self.weight, dims=anchor.ndim)
+
+    def without(self, parts: torch.Tensor, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is left without these parts (2, B) of the anchor: mean squares (2, B), and the mean of both's product (B,)."""
+        rest = torch.addcmul(self.both, parts.reshape(*parts.shape, *[1] * (anchor.ndim - 1)), anchor.float(), value=-1.0)
+        return mean_square(rest, self.weight, dims=anchor.ndim), mean_product(rest[0], rest[1], self.weight)
+
+
 class Remainder(NamedTuple):
     """What remains of samples when the part of them that is an anchor is taken away, each (B,).
 
-    across, of_anchor: means of u * anchor and of anchor^2. energy: of the noise, over the step's v. surplus: how far the log-SNR
+    across, of_anchor: means of u * anchor and of anchor^2. energy: mean square of the rest. surplus: how far the log-SNR
     has fallen, and kept: as in Measured, both beyond what chance explains.
     """
 
@@ -73,18 +93,20 @@ class Remainder(NamedTuple):
     kept: torch.Tensor
 
     @classmethod
-    def of(cls, of_u, across, of_anchor, due, step: Step, dimensions: float) -> "Remainder":
-        """From the means of u^2, u * anchor, anchor^2, and of the anchor with the sample of the course (course.py), (B,) each.
+    def of(cls, samples: Samples, anchor: torch.Tensor, of_anchor: torch.Tensor) -> "Remainder":
+        """From the mean square of the anchor.
 
-        The part is found by regression on the anchor, at most the whole of it. What the course has more of it was lost.
+        The part of a sample that is the anchor is found by regression, at most the whole of it; the rest is noise. Lost is
+        what the course has more of the one, surplus noise what it has less of the other. Chance in that is what both do
+        not share: 2 / n in ln of each energy, of two that correlate by r 4 (1 - r^2) / n in their ratio.
         """
-        whole = (step.alpha * of_anchor).clamp_min(1e-12)
-        share = (across / whole).clamp(0.0, 1.0)
-        lost = beyond_chance((due - across) / whole, step.v / (step.alpha * whole * dimensions)).clamp_max(0.9)
-        less = share * torch.sub(share * whole, across, alpha=2.0)
-        energy = torch.addcmul(of_u, step.alpha, less).clamp_min(1e-12) / step.v
-        kept = 1.0 - lost
-        surplus = torch.sub(beyond_chance(energy.log(), 2.0 / dimensions), kept.log(), alpha=2.0)
+        (alpha, v), n = samples.step[1:], samples.dimensions
+        products, whole = samples.times(anchor), (alpha * of_anchor).clamp_min(1e-12)
+        energies, shared = samples.without(alpha * (products / whole).clamp(0.0, 1.0), anchor)
+        (across, due), (energy, expected) = products, energies.clamp_min(1e-12)
+        alone = (1.0 - shared.square() / (energy * expected)).clamp_min(0.0)
+        kept = 1.0 - beyond_chance((due - across) / whole, v / (alpha * whole * n)).clamp_max(0.9)
+        surplus = torch.sub(beyond_chance((energy / expected).log(), alone * (4.0 / n)), kept.log(), alpha=2.0)
         return cls(across, of_anchor, energy, surplus, kept)
 
 
@@ -119,9 +141,9 @@ class EnergyEstimator:
 
     What remains says two things. The posterior over levels takes u for a variance-preserving sample of some level, as the
     time-linked score needs it. The surplus takes it for a sample of the step's level that was given noise or has lost
-    signal: near pure noise, where all levels have nearly the same variance, only that tells how much. Lost is what the
-    course of the run has and the sample has not: a run from pure noise begins without any signal, and large steps leave
-    it behind what the model sees by then; neither is a fault.
+    signal: near pure noise, where all levels have nearly the same variance, only that tells how much. It is told beside
+    the course of the run: a start has a little too much noise by chance, a run from pure noise begins without any
+    signal, and large steps leave that behind what the model sees by then. None of it was done to the sample.
 
     Args:
         weight: which positions count, as in mean_square.
@@ -136,58 +158,53 @@ class EnergyEstimator:
         self.previous: torch.Tensor | None = None
         self.course = Course()
         self._squares: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._step: Step | None = None
-        self._before: tuple[torch.Tensor, Remainder] | None = None
+        self._samples: Samples | None = None
+        self._before: Remainder | None = None
 
-    def _square(self, x: torch.Tensor) -> torch.Tensor:
-        """mean_square of u and of estimates, each taken once while it is used."""
+    def _square(self, anchor: torch.Tensor) -> torch.Tensor:
+        """mean_square of an estimate, taken once while it is used."""
         for known, value in self._squares:
-            if known is x:
+            if known is anchor:
                 return value
-        self._squares.append((x, mean_square(x, self.weight)))
+        self._squares.append((anchor, mean_square(anchor, self.weight)))
         return self._squares[-1][1]
 
-    def _dimensions(self, u: torch.Tensor) -> float:
-        return max(u[0].numel() * self.share, 1.0)
-
     def _begin(self, u: torch.Tensor, level: torch.Tensor) -> None:
-        if self._step is None:
-            self._step = Step.at(level)
-            self.course.go_to(self._step, u)
+        if self._samples is None:
+            step = Step.at(level)
+            self.course.go_to(step, u)
+            self._samples = Samples(u, self.course.u, step, self.weight, max(u[0].numel() * self.share, 1.0))
 
-    def _remainder(self, u: torch.Tensor, anchor: torch.Tensor) -> Remainder:
-        across, due = (mean_product(sample, anchor, self.weight) for sample in (u, self.course.u))
-        return Remainder.of(self._square(u), across, self._square(anchor), due, self._step, self._dimensions(u))
+    def _remainder(self, anchor: torch.Tensor) -> Remainder:
+        return Remainder.of(self._samples, anchor, self._square(anchor))
 
     def before(self, u: torch.Tensor, level: torch.Tensor) -> Remainder | None:
         """What is known before the model is asked; None at the first step."""
         self._begin(u, level)
         if self.previous is None or self.previous.shape != u.shape:
             return None
-        if self._before is None or self._before[0] is not u:
-            self._before = (u, self._remainder(u, self.previous))
-        return self._before[1]
+        if self._before is None:
+            self._before = self._remainder(self.previous)
+        return self._before
 
     def found(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Remainder:
         """With the model's estimate at this step, (B, ...), taken into account. At the first step there is no surplus: nothing
-        was added yet, and what the noise of a start has too much by chance is its own.
+        was added yet.
         """
-        before, now = self.before(u, level), self._remainder(u, denoised)
-        if before is None:
-            return now._replace(surplus=torch.zeros_like(now.surplus), kept=torch.ones_like(now.kept))
-        return noisier_of(before, now)
+        before, now = self.before(u, level), self._remainder(denoised)
+        return now if before is None else noisier_of(before, now)
 
     def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
         """The same, with the posterior over levels."""
         found = self.found(u, level, denoised)
-        if self.grid is None or self.grid.dimensions != self._dimensions(u):
-            self.grid = EnergyGrid(self.noisiest, self._dimensions(u), u.device)
-        return Measured(self.grid.posterior(self._square(u), found.across, found.of_anchor), found.surplus, found.kept)
+        if self.grid is None or self.grid.dimensions != self._samples.dimensions:
+            self.grid = EnergyGrid(self.noisiest, self._samples.dimensions, u.device)
+        return Measured(self.grid.posterior(self._samples.square, found.across, found.of_anchor), found.surplus, found.kept)
 
-    def keep(self, denoised: torch.Tensor, given: torch.Tensor) -> None:
-        """The model's own estimate at this step, before any correction: it stands for the image at the next one. And the one
-        that the sampler was given.
+    def keep(self, denoised: torch.Tensor, anchor: torch.Tensor) -> None:
+        """What the model answered at this step, both (B, ...), before any correction: the course goes on with the estimate for
+        the sampler, and the anchor stands for the image at the next step.
         """
-        self.previous, self._before, self._step = denoised, None, None
-        self._squares = [known for known in self._squares if known[0] is denoised]
-        self.course.keep(given)
+        self.previous, self._before, self._samples = anchor, None, None
+        self._squares = [known for known in self._squares if known[0] is anchor]
+        self.course.keep(denoised)

@@ -40,9 +40,9 @@ class NetworkEstimator:
         """With the model's estimate at this step, (B, ...), taken into account."""
         return with_energies(self._told(u, level), self.energy.found(u, level, denoised))
 
-    def keep(self, denoised: torch.Tensor, given: torch.Tensor) -> None:
+    def keep(self, denoised: torch.Tensor, anchor: torch.Tensor) -> None:
         self._known = None
-        self.energy.keep(denoised, given)
+        self.energy.keep(denoised, anchor)
 
 
 def with_energies(told: Measured, found: Remainder | None) -> Measured:

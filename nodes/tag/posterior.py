@@ -85,15 +85,19 @@ def column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def mean_product(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean of x * y over everything but the batch, (B,) float32; `weight` (B, 1, ...) says which positions count."""
+def mean_product(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None, dims: int = 0) -> torch.Tensor:
+    """Mean of x * y over everything but the batch, (B,) float32; `weight` (B, 1, ...) says which positions count.
+
+    dims: of one batch (B, ...), where x has more: of (2, B, ...) there are the means (2, B).
+    """
     products = x.float() * y.float()
+    first = 1 + (products.ndim - dims if dims else 0)
     if weight is None:
-        return products.flatten(1).mean(dim=1)
-    weight = weight.float().expand(products.shape).flatten(1)
-    return (products.flatten(1) * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
+        return products.flatten(first).mean(dim=first)
+    weight = weight.float().expand(products.shape).flatten(first)
+    return (products.flatten(first) * weight).sum(dim=first) / weight.sum(dim=first).clamp_min(1.0)
 
 
-def mean_square(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+def mean_square(x: torch.Tensor, weight: torch.Tensor | None = None, dims: int = 0) -> torch.Tensor:
     """Mean of x^2, as in mean_product."""
-    return mean_product(x, x, weight)
+    return mean_product(x, x, weight, dims)

@@ -59,14 +59,14 @@ class Steering:
         """
         before = self.estimator.before(u, level)
         if not active or self.settings.strength == 0:
-            answer, measured = ask(u, level), None
+            answer, measured, correction = ask(u, level), None, None
         else:
             guide = {"relative": self._relative, "score": self._score, "shift": self._shift}[self.settings.mode]
-            answer, measured = guide(ask, x, u, level, before)
+            answer, measured, correction = guide(ask, x, u, level, before)
         if measured is None:
             measured = self.estimator.after(u, level, answer.anchor)
-        self.estimator.keep(answer.anchor, answer.denoised)
-        return answer.denoised, measured.posterior
+        self.estimator.keep(*answer)
+        return corrected(answer.denoised, correction), measured.posterior
 
     def _time_linked_score(self, u, anchor, level, measured: Measured | None, omega: float) -> torch.Tensor:
         if self.settings.estimate == "published gradient":
@@ -89,8 +89,7 @@ class Steering:
         measured = self.estimator.after(u, level, answer.anchor)
         tls = self._time_linked_score(u, answer.anchor, level, measured, 1.0)
         reach = root_mean_square(answer.denoised.float() - x.float())
-        correction = relative_correction(tls, reach, self.settings.strength, measured.surplus)
-        return corrected(answer, correction), measured
+        return answer, measured, relative_correction(tls, reach, self.settings.strength, measured.surplus)
 
     def _score(self, ask: Ask, x, u, level, before: Measured | Remainder | None):
         """The paper's score guidance, Eq. 7."""
@@ -98,7 +97,7 @@ class Steering:
         measured = self.estimator.after(u, level, answer.anchor)
         tls = self._time_linked_score(u, answer.anchor, level, measured, self.settings.strength)
         reach = root_mean_square(answer.denoised.float() - x.float())
-        return corrected(answer, score_correction(tls, reach, self.settings.strength, level)), measured
+        return answer, measured, score_correction(tls, reach, self.settings.strength, level)
 
     def _shift(self, ask: Ask, x, u, level, before: Measured | Remainder | None):
         """The paper's Algorithm 1, as far as a MODEL patch can: the model's estimate at the shifted sample. The sampler
@@ -109,9 +108,9 @@ class Steering:
             anchor = ask(u, level).anchor
             measured = self.estimator.after(u, level, anchor)
         tls = self._time_linked_score(u, anchor, level, measured, self.settings.strength)
-        return ask(u + shift(tls, self.settings.strength, level), level), measured
+        return ask(u + shift(tls, self.settings.strength, level), level), measured, None
 
 
-def corrected(answer: Answer, correction: torch.Tensor) -> Answer:
-    """The answer with what guidance adds to the estimate, (B, ...) float32. The anchor stays the model's own."""
-    return Answer((answer.denoised.float() + correction).to(answer.denoised.dtype), answer.anchor)
+def corrected(denoised: torch.Tensor, correction: torch.Tensor | None) -> torch.Tensor:
+    """The estimate for the sampler with what guidance adds to it, (B, ...) float32."""
+    return denoised if correction is None else (denoised.float() + correction).to(denoised.dtype)

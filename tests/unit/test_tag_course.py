@@ -23,15 +23,15 @@ def beside(monkeypatch, kind, **settings):
     """For each model call of a guided run of these settings: how far its sample lies beside the course."""
     found = []
     monkeypatch.setattr(energy, "Course", type("Watched", (WatchedCourse,), {"beside": found}))
-    run(guide(model(kind))[0], **settings)
+    run(guide(model(kind), strength=0.0)[0], **settings)
     return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_an_euler_run_is_its_own_course(monkeypatch, kind, cfg):
-    """Guided, with and without classifier-free guidance: the course follows the estimate that the sampler was given. Up to
-    0.2 % where a schedule begins with more noise than the levels do.
+    """With and without classifier-free guidance: the course follows the estimate for the sampler, not its anchor. Up to 0.2 %
+    beside it where a schedule begins with more noise than the levels do.
     """
     found = beside(monkeypatch, kind, cfg=cfg)
     assert len(found) == 8 and found[0] == 0.0 and max(found) < (1e-5 if kind in ("eps", "v") else 3e-3)
@@ -49,20 +49,39 @@ def test_a_higher_order_stays_near_it(monkeypatch):
     assert 1e-3 < max(found) < 0.1
 
 
-def test_the_signal_stays_where_noise_rises():
-    """A sampler that steps back: u changes by the ratio of the alphas, so that x0 in it stays the same."""
-    course, u, given = Course(), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    low, high = (Step.at(torch.tensor([level] * 2)) for level in (3.0, 1.0))
-    course.go_to(low, u)
-    course.keep(given)
-    course.go_to(high, u)
-    assert torch.allclose(course.u, u * (high.alpha / low.alpha).reshape(2, 1, 1, 1), atol=1e-6)
+def test_a_second_call_at_a_level_begins_at_the_step_before(monkeypatch):
+    """Heun's method: the trial step is the course's own, the step itself lies beside it by what the second order changes."""
+    found = beside(monkeypatch, "eps", sampler="heun", steps=3)
+    first, trial, second, again, third = found
+    assert first == 0.0 and trial < 1e-5 < second
+
+
+def point(course, level, denoised=None, u=None):
+    """The course's sample at a call of this level."""
+    shape = (2, 3, 4, 4)
+    course.go_to(Step.at(torch.tensor([level] * 2)), torch.zeros(shape) if u is None else u)
+    course.keep(torch.zeros(shape) if denoised is None else denoised)
+    return course.u
+
+
+def test_a_sampler_that_goes_far_back_begins_again():
+    """Two calls are kept, and neither had more noise."""
+    course, u = Course(), torch.randn(2, 3, 4, 4)
+    for level in (-1.0, 1.0, 3.0):
+        assert not torch.equal(point(course, level, u=u), u) or level == -1.0
+    assert torch.equal(point(course, 0.0, u=u), u)
+
+
+def test_each_sample_goes_its_own_way():
+    """The first sample's noise falls, the second one's rises."""
+    course, u = Course(), torch.randn(2, 3, 4, 4)
+    point(course, 1.0)
+    course.go_to(Step.at(torch.tensor([2.0, 0.0])), u)
+    assert torch.equal(course.u[1], u[1]) and not course.u[0].any()
 
 
 def test_a_run_of_another_size_begins_a_new_one():
-    course, step = Course(), Step.at(torch.tensor([0.0]))
-    course.go_to(step, torch.randn(1, 3, 4, 4))
-    course.keep(torch.randn(1, 3, 4, 4))
-    other = torch.randn(1, 3, 8, 8)
-    course.go_to(step, other)
+    course, other = Course(), torch.randn(1, 3, 8, 8)
+    point(course, 0.0)
+    course.go_to(Step.at(torch.tensor([1.0])), other)
     assert torch.equal(course.u, other)
