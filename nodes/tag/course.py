@@ -21,24 +21,29 @@ class Course:
 
     def __init__(self):
         self.u: torch.Tensor | None = None
-        self._here: torch.Tensor | None = None
-        self._calls: list[tuple[torch.Tensor, torch.Tensor]] = []  # alpha and v (2, B), u and D (2, B, ...); the newest last
+        self._step: Step | None = None
+        self._calls: list[tuple[Step, torch.Tensor, torch.Tensor]] = []
 
     def go_to(self, step: Step, u: torch.Tensor) -> None:
         """On to this step; to the first one, where it begins at u (B, ...)."""
-        self._here = torch.stack([step.alpha, step.v])
-        if not self._calls or self._calls[-1][1].shape[1:] != u.shape:
-            self._calls, self.u = [], u
-            return
-        terms, pair = self._calls[-1]
-        if len(self._calls) == 2:
-            falls, (earlier_terms, earlier_pair) = step.v < terms[1], self._calls[0]
-            terms, pair = torch.where(falls, terms, earlier_terms), torch.where(column(falls, u) > 0, pair, earlier_pair)
-        (alpha, v), (course, denoised) = terms, pair
-        left = (step.v / v).sqrt()
-        along = torch.addcmul(column(left, u) * course, column(step.alpha - left * alpha, u), denoised)
-        self.u = torch.where(column(step.v < v, u) > 0, along, u)
+        if self._calls and self._calls[-1][1].shape != u.shape:
+            self._calls = []
+        if not self._calls:
+            self.u = u
+        else:
+            last, course, denoised = self._calls[-1]
+            alpha, v = last.alpha, last.v
+            if len(self._calls) == 2:  # the earlier one is let go of here: while the model is asked, one is kept
+                earlier, earlier_course, earlier_denoised = self._calls.pop(0)
+                falls = step.v < last.v
+                alpha, v = torch.where(falls, last.alpha, earlier.alpha), torch.where(falls, last.v, earlier.v)
+                falls = column(falls, u) > 0
+                course, denoised = torch.where(falls, course, earlier_course), torch.where(falls, denoised, earlier_denoised)
+            left = (step.v / v).sqrt()
+            along = torch.addcmul(column(left, u) * course, column(step.alpha - left * alpha, u), denoised)
+            self.u = torch.where(column(step.v < v, u) > 0, along, u)
+        self._step = step
 
     def keep(self, denoised: torch.Tensor) -> None:
         """The clean estimate (B, ...) at this step, uncorrected."""
-        self._calls = [*self._calls[-1:], (self._here, torch.stack([self.u, denoised.float()]))]
+        self._calls = [*self._calls[-1:], (self._step, self.u, denoised.float())]

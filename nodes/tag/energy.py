@@ -12,7 +12,7 @@ from .course import Course
 from .levels import LOG_SNR_RANGE, Step, alpha_and_variance
 from .posterior import Measured, Posterior, beyond_chance, mean_product, mean_square, terms_of
 
-COARSE, NODES = 256, 65
+COARSE, NODES = 128, 49
 """Levels among which the likeliest is looked for, and levels around it at which an energy's posterior is kept."""
 
 
@@ -59,24 +59,17 @@ def minus_log_likelihood(of_u, across, of_anchor, alpha, alpha_squared, precisio
     return torch.addcmul(log_v, energy.clamp_min(0.0), precision)
 
 
-class Samples:
-    """What the estimates of one step share: the run's sample and, beside it, the one of its course (course.py).
-
-    both: (2, B, ...). square: the mean square of the run's, (B,).
+class Samples(NamedTuple):
+    """What the estimates of one step share: the run's sample u and, beside it, the one of its course (course.py), (B, ...)
+    each; square: the mean square of u, (B,); weight, dimensions: as in EnergyEstimator.
     """
 
-    def __init__(self, u: torch.Tensor, course: torch.Tensor, step: Step, weight: torch.Tensor | None, dimensions: float):
-        self.step, self.weight, self.dimensions = step, weight, dimensions
-        self.both, self.square = torch.stack([u, course]), mean_square(u, weight)
-
-    def times(self, anchor: torch.Tensor) -> torch.Tensor:
-        """Means (2, B) of their products with an anchor (B, ...)."""
-        return mean_product(self.both, anchor, self.weight, dims=anchor.ndim)
-
-    def without(self, parts: torch.Tensor, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is left without these parts (2, B) of the anchor: mean squares (2, B), and the mean of both's product (B,)."""
-        rest = torch.addcmul(self.both, parts.reshape(*parts.shape, *[1] * (anchor.ndim - 1)), anchor.float(), value=-1.0)
-        return mean_square(rest, self.weight, dims=anchor.ndim), mean_product(rest[0], rest[1], self.weight)
+    u: torch.Tensor
+    course: torch.Tensor
+    square: torch.Tensor
+    step: Step
+    weight: torch.Tensor | None
+    dimensions: float
 
 
 class Remainder(NamedTuple):
@@ -100,10 +93,13 @@ class Remainder(NamedTuple):
         what the course has more of the one, surplus noise what it has less of the other. Chance in that is what both do
         not share: 2 / n in ln of each energy, of two that correlate by r 4 (1 - r^2) / n in their ratio.
         """
-        (alpha, v), n = samples.step[1:], samples.dimensions
-        products, whole = samples.times(anchor), (alpha * of_anchor).clamp_min(1e-12)
-        energies, shared = samples.without(alpha * (products / whole).clamp(0.0, 1.0), anchor)
-        (across, due), (energy, expected) = products, energies.clamp_min(1e-12)
+        (alpha, v), n, weight = samples.step[1:], samples.dimensions, samples.weight
+        both, whole = torch.stack([samples.u, samples.course]), (alpha * of_anchor).clamp_min(1e-12)
+        products = mean_product(both, anchor, weight, dims=anchor.ndim)
+        parts = alpha * (products / whole).clamp(0.0, 1.0)
+        rest = torch.addcmul(both, parts.reshape(*parts.shape, *[1] * (anchor.ndim - 1)), anchor.float(), value=-1.0)
+        (across, due), (energy, expected) = products, mean_square(rest, weight, dims=anchor.ndim).clamp_min(1e-12)
+        shared = mean_product(rest[0], rest[1], weight)
         alone = (1.0 - shared.square() / (energy * expected)).clamp_min(0.0)
         kept = 1.0 - beyond_chance((due - across) / whole, v / (alpha * whole * n)).clamp_max(0.9)
         surplus = torch.sub(beyond_chance((energy / expected).log(), alone * (4.0 / n)), kept.log(), alpha=2.0)
@@ -173,7 +169,8 @@ class EnergyEstimator:
         if self._samples is None:
             step = Step.at(level)
             self.course.go_to(step, u)
-            self._samples = Samples(u, self.course.u, step, self.weight, max(u[0].numel() * self.share, 1.0))
+            dimensions = max(u[0].numel() * self.share, 1.0)
+            self._samples = Samples(u, self.course.u, mean_square(u, self.weight), step, self.weight, dimensions)
 
     def _remainder(self, anchor: torch.Tensor) -> Remainder:
         return Remainder.of(self._samples, anchor, self._square(anchor))
