@@ -16,34 +16,39 @@ class Course:
     a level, the second time anew from the step before. Two calls are kept; where neither had more noise, as when a sampler
     goes far back, the course begins again at the sample.
 
-    Its sample is `u`, (B, ...) float32.
+    A method of higher order reckons with how D changes, and may have less of it in its sample than the course by about as
+    much as D changed from one call to the next; before the first call there was none of it. `leeway` adds that up.
+
+    u: the course's sample, (B, ...) float32. leeway: (B,), in shares of D's length. denoised: D of the last call.
     """
 
     def __init__(self):
         self.u: torch.Tensor | None = None
-        self._step: Step | None = None
-        self._calls: list[tuple[Step, torch.Tensor, torch.Tensor]] = []
+        self.leeway: torch.Tensor | None = None
+        self.denoised: torch.Tensor | None = None
+        self._calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # terms (4, B), u and D of each
 
     def go_to(self, step: Step, u: torch.Tensor) -> None:
         """On to this step; to the first one, where it begins at u (B, ...)."""
         if self._calls and self._calls[-1][1].shape != u.shape:
             self._calls = []
         if not self._calls:
-            self.u = u
-        else:
-            last, course, denoised = self._calls[-1]
-            alpha, v = last.alpha, last.v
-            if len(self._calls) == 2:  # the earlier one is let go of here: while the model is asked, one is kept
-                earlier, earlier_course, earlier_denoised = self._calls.pop(0)
-                falls = step.v < last.v
-                alpha, v = torch.where(falls, last.alpha, earlier.alpha), torch.where(falls, last.v, earlier.v)
-                falls = column(falls, u) > 0
-                course, denoised = torch.where(falls, course, earlier_course), torch.where(falls, denoised, earlier_denoised)
-            left = (step.v / v).sqrt()
-            along = torch.addcmul(column(left, u) * course, column(step.alpha - left * alpha, u), denoised)
-            self.u = torch.where(column(step.v < v, u) > 0, along, u)
-        self._step = step
+            self.u, self.leeway, self.denoised = u, torch.zeros_like(step.v), None
+            return
+        terms, course, denoised = self._calls[-1]
+        if len(self._calls) == 2:  # the earlier one is let go of here: while the model is asked, one is kept
+            earlier = self._calls.pop(0)
+            falls = step.v < terms[1]
+            terms, falls = torch.where(falls, terms, earlier[0]), column(falls, u) > 0
+            course, denoised = torch.where(falls, course, earlier[1]), torch.where(falls, denoised, earlier[2])
+        alpha, v, leeway, change = terms
+        left = (step.v / v).sqrt()
+        moved = step.alpha - left * alpha
+        along = torch.addcmul(column(left, u) * course, column(moved, u), denoised)
+        self.u = torch.where(column(step.v < v, u) > 0, along, u)
+        self.leeway = torch.lerp(leeway, change, (moved / step.alpha).clamp_min(0.0))
 
-    def keep(self, denoised: torch.Tensor) -> None:
-        """The clean estimate (B, ...) at this step, uncorrected."""
-        self._calls = [*self._calls[-1:], (self._step, self.u, denoised.float())]
+    def keep(self, step: Step, denoised: torch.Tensor, change: torch.Tensor) -> None:
+        """The clean estimate (B, ...) at this step, uncorrected, and how much it has changed, (B,)."""
+        self.denoised = denoised.float()
+        self._calls = [*self._calls[-1:], (torch.stack([step.alpha, step.v, self.leeway, change]), self.u, self.denoised)]

@@ -61,11 +61,12 @@ def minus_log_likelihood(of_u, across, of_anchor, alpha, alpha_squared, precisio
 
 class Samples(NamedTuple):
     """What the estimates of one step share: the run's sample u and, beside it, the one of its course (course.py), (B, ...)
-    each; square: the mean square of u, (B,); weight, dimensions: as in EnergyEstimator.
+    each; leeway: the course's, square: the mean square of u, (B,) each; weight, dimensions: as in EnergyEstimator.
     """
 
     u: torch.Tensor
     course: torch.Tensor
+    leeway: torch.Tensor
     square: torch.Tensor
     step: Step
     weight: torch.Tensor | None
@@ -90,8 +91,8 @@ class Remainder(NamedTuple):
         """From the mean square of the anchor.
 
         The part of a sample that is the anchor is found by regression, at most the whole of it; the rest is noise. Lost is
-        what the course has more of the one, surplus noise what it has less of the other. Chance in that is what both do
-        not share: 2 / n in ln of each energy, of two that correlate by r 4 (1 - r^2) / n in their ratio.
+        what the course has more of the one, beyond its leeway; surplus noise what it has less of the other. Chance in
+        that is what both do not share: 2 / n in ln of each energy, of two that correlate by r 4 (1 - r^2) / n in their ratio.
         """
         (alpha, v), n, weight = samples.step[1:], samples.dimensions, samples.weight
         both, whole = torch.stack([samples.u, samples.course]), (alpha * of_anchor).clamp_min(1e-12)
@@ -101,7 +102,8 @@ class Remainder(NamedTuple):
         (across, due), (energy, expected) = products, mean_square(rest, weight, dims=anchor.ndim).clamp_min(1e-12)
         shared = mean_product(rest[0], rest[1], weight)
         alone = (1.0 - shared.square() / (energy * expected)).clamp_min(0.0)
-        kept = 1.0 - beyond_chance((due - across) / whole, v / (alpha * whole * n)).clamp_max(0.9)
+        lost = (due - across) / whole - samples.leeway
+        kept = 1.0 - beyond_chance(lost, v / (alpha * whole * n)).clamp_max(0.9)
         surplus = torch.sub(beyond_chance((energy / expected).log(), alone * (4.0 / n)), kept.log(), alpha=2.0)
         return cls(across, of_anchor, energy, surplus, kept)
 
@@ -170,7 +172,8 @@ class EnergyEstimator:
             step = Step.at(level)
             self.course.go_to(step, u)
             dimensions = max(u[0].numel() * self.share, 1.0)
-            self._samples = Samples(u, self.course.u, mean_square(u, self.weight), step, self.weight, dimensions)
+            square = mean_square(u, self.weight)
+            self._samples = Samples(u, self.course.u, self.course.leeway, square, step, self.weight, dimensions)
 
     def _remainder(self, anchor: torch.Tensor) -> Remainder:
         return Remainder.of(self._samples, anchor, self._square(anchor))
@@ -202,6 +205,10 @@ class EnergyEstimator:
         """What the model answered at this step, both (B, ...), before any correction: the course goes on with the estimate for
         the sampler, and the anchor stands for the image at the next step.
         """
+        last, step = self.course.denoised, self._samples.step
+        change = torch.ones_like(step.v)
+        if last is not None:
+            change = (mean_product(denoised - last, anchor, self.weight) / self._square(anchor).clamp_min(1e-12)).abs()
+        self.course.keep(step, denoised, change)
         self.previous, self._before, self._samples = anchor, None, None
         self._squares = [known for known in self._squares if known[0] is anchor]
-        self.course.keep(denoised)

@@ -1,5 +1,7 @@
 """The course of an undisturbed run: where DDIM's steps lead, whatever else happens to the sample."""
 
+import math
+
 import pytest
 import torch
 from artifact_guard.nodes.tag import energy
@@ -56,11 +58,11 @@ def test_a_second_call_at_a_level_begins_at_the_step_before(monkeypatch):
     assert first == 0.0 and trial < 1e-5 < second
 
 
-def point(course, level, denoised=None, u=None):
+def point(course, level, denoised=None, u=None, change=0.0):
     """The course's sample at a call of this level."""
-    shape = (2, 3, 4, 4)
-    course.go_to(Step.at(torch.tensor([level] * 2)), torch.zeros(shape) if u is None else u)
-    course.keep(torch.zeros(shape) if denoised is None else denoised)
+    shape, step = (2, 3, 4, 4), Step.at(torch.tensor([level] * 2))
+    course.go_to(step, torch.zeros(shape) if u is None else u)
+    course.keep(step, torch.zeros(shape) if denoised is None else denoised, torch.full((2,), change))
     return course.u
 
 
@@ -78,6 +80,18 @@ def test_each_sample_goes_its_own_way():
     point(course, 1.0)
     course.go_to(Step.at(torch.tensor([2.0, 0.0])), u)
     assert torch.equal(course.u[1], u[1]) and not course.u[0].any()
+
+
+def test_leeway_is_what_the_estimate_changed_by():
+    """Each step by the share in which it goes on; less and less of it from step to step."""
+    course = Course()
+    point(course, 0.0, change=1.0)
+    assert course.leeway.tolist() == [0.0, 0.0]
+    point(course, 2.0, change=0.0)
+    moved = 1 - math.exp(-1)  # sigma falls by exp(-1): u goes as much of its way
+    assert course.leeway.tolist() == pytest.approx([moved] * 2, rel=1e-4)
+    point(course, 4.0)
+    assert course.leeway.tolist() == pytest.approx([moved * math.exp(-1)] * 2, rel=1e-4)
 
 
 def test_a_run_of_another_size_begins_a_new_one():

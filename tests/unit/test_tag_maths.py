@@ -165,34 +165,46 @@ def test_no_level_is_noisier_than_all():
     assert fallen.item() == LOG_SNR_RANGE[0] and factor.item() == pytest.approx(math.exp(-4.5), rel=1e-3)
 
 
-def second_step(factor, first_estimate, anchor, level):
-    """What is found at a second step, at `level`, of a run whose model said `first_estimate` of pure noise and then says
-    `anchor`; the sample is DDIM's, times `factor`.
+def third_step(factor, estimate, anchor, level):
+    """What is found at a third step, at `level`, of a run whose model said `estimate` of nearly pure noise twice and then says
+    `anchor`; the sample is DDIM's, times `factor`. And the leeway that is left there.
     """
-    noise, estimator = torch.randn(anchor.shape, generator=torch.Generator().manual_seed(6)), EnergyEstimator()
-    begin = torch.tensor([LOG_SNR_RANGE[0]])
-    estimator.after(noise, begin, first_estimate)
-    estimator.keep(first_estimate, first_estimate)
-    (alpha, v), (alpha_after, v_after) = (alpha_and_variance(of) for of in (begin, level))
-    u = alpha_after * first_estimate + (v_after / v).sqrt() * (noise - alpha * first_estimate)
-    return estimator.after(factor * u, level, anchor)
+    u, estimator = torch.randn(anchor.shape, generator=torch.Generator().manual_seed(6)), EnergyEstimator()
+    for at, after in ((LOG_SNR_RANGE[0], -6.0), (-6.0, level)):
+        at, after = torch.tensor([at]), torch.tensor([after])
+        estimator.after(u, at, estimate)
+        estimator.keep(estimate, estimate)
+        (alpha, v), (alpha_after, v_after) = alpha_and_variance(at), alpha_and_variance(after)
+        u = alpha_after * estimate + (v_after / v).sqrt() * (u - alpha * estimate)
+    return estimator.after(factor * u, after, anchor), estimator.course.leeway.item()
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.9, 0.97])
 def test_a_sample_that_shrank_is_told_by_its_signal(factor):
     """Noise and signal fell alike: the noise is less than it should be, and the log-SNR is what it was."""
     _, anchor = noise_at(0.1, 3 * 64 * 64)
-    found = second_step(factor, anchor, anchor, torch.logit(torch.tensor([0.9])))
-    assert found.kept.item() == pytest.approx(factor, abs=3e-3)
-    assert found.surplus.item() == pytest.approx(-2 * math.log(factor), abs=6e-3)
+    found, leeway = third_step(factor, anchor, anchor, math.log(9))
+    assert leeway < 0.02 and found.kept.item() == pytest.approx(min(1.0, factor + leeway), abs=3e-3)
+    assert found.surplus.item() == pytest.approx(-2 * math.log(found.kept.item()), abs=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.8])
 def test_what_the_model_saw_too_late_is_not_lost(factor):
-    """After one large step the sample has a fifth of the signal that the model sees then. Only what it had and lost counts."""
+    """After large steps the sample has a fifth of the signal that the model sees then. Only what it had and lost counts."""
     _, anchor = noise_at(0.1, 3 * 64 * 64)
-    found = second_step(factor, 0.2 * anchor, anchor, torch.logit(torch.tensor([0.9])))
-    assert found.kept.item() == pytest.approx(factor, abs=0.01)
+    found, leeway = third_step(factor, 0.2 * anchor, anchor, math.log(9))
+    assert found.kept.item() == pytest.approx(min(1.0, factor + leeway), abs=0.01)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_run_lacks_signal_at_its_second_step(factor):
+    """Before the first call there was no estimate: nothing of the first one can be lost yet."""
+    _, anchor = noise_at(0.1, 3 * 64 * 64)
+    u, estimator = torch.randn(anchor.shape, generator=torch.Generator().manual_seed(6)), EnergyEstimator()
+    estimator.after(u, torch.tensor([LOG_SNR_RANGE[0]]), anchor)
+    estimator.keep(anchor, anchor)
+    sample = factor * math.sqrt(0.9) * anchor + math.sqrt(0.1) * u
+    assert estimator.after(sample, torch.tensor([math.log(9)]), anchor).kept.item() == 1.0
 
 
 def test_positions_without_weight_do_not_count():
