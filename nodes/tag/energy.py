@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from .answer import Answer
 from .course import Course
 from .levels import LOG_SNR_RANGE, Step, alpha_and_variance
 from .posterior import Measured, Posterior, beyond_chance, mean_product, mean_square, terms_of
@@ -201,14 +202,15 @@ class EnergyEstimator:
             self.grid = EnergyGrid(self.noisiest, self._samples.dimensions, u.device)
         return Measured(self.grid.posterior(self._samples.square, found.across, found.of_anchor), found.surplus, found.kept)
 
-    def keep(self, denoised: torch.Tensor, anchor: torch.Tensor) -> None:
-        """What the model answered at this step, both (B, ...), before any correction: the course goes on with the estimate for
-        the sampler, and the anchor stands for the image at the next step.
+    def keep(self, answer: Answer) -> None:
+        """What the model answered at this step, before any correction: the course goes on with the estimate for the sampler, and
+        the anchor stands for the image at the next step.
         """
         last, step = self.course.denoised, self._samples.step
         change = torch.ones_like(step.v)
         if last is not None:
-            change = (mean_product(denoised - last, anchor, self.weight) / self._square(anchor).clamp_min(1e-12)).abs()
-        self.course.keep(step, denoised, change)
-        self.previous, self._before, self._samples = anchor, None, None
-        self._squares = [known for known in self._squares if known[0] is anchor]
+            moved = mean_product(answer.denoised - last, answer.anchor, self.weight)
+            change = (moved / self._square(answer.anchor).clamp_min(1e-12)).abs()
+        self.course.keep(step, answer.denoised, change)
+        self.previous, self._before, self._samples = answer.anchor, None, None
+        self._squares = [known for known in self._squares if known[0] is answer.anchor]

@@ -12,6 +12,7 @@ from comfy.model_patcher import set_model_options_post_cfg_function
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..latents import FrameLayout, check_latent
+from .answer import Answer
 from .compatibility import check_predictor
 from .energy import EnergyEstimator
 from .judge import Judge
@@ -21,7 +22,7 @@ from .posterior import column
 from .predictor import TimePredictor
 from .process import Process
 from .settings import TagSettings
-from .steering import Answer, Steering
+from .steering import Steering
 from .time_gap import RunRecord, TimeGapReport
 
 WRAPPER_KEY = "artifact_guard.tag"
@@ -131,16 +132,16 @@ class GuidedRun:
 
     def _answer(self, executor, x, timestep, model_options, seed) -> Answer:
         """The guider's prediction and, if it uses classifier-free guidance, the conditional prediction that went into it."""
-        conditional = None
+        conditional, scale = None, 1.0
 
         def note(arguments: dict) -> torch.Tensor:
-            nonlocal conditional
-            conditional = arguments.get("cond_denoised")
+            nonlocal conditional, scale
+            conditional, scale = arguments.get("cond_denoised"), arguments.get("cond_scale", 1.0)
             return arguments["denoised"]
 
         options = set_model_options_post_cfg_function(model_options.copy(), note)
         denoised = executor(x, timestep, options, seed)
-        return Answer(denoised, (denoised if conditional is None else conditional).float())
+        return Answer(denoised, (denoised if conditional is None else conditional).float(), scale != 1.0)
 
     def _within(self, timestep: torch.Tensor) -> bool:
         if self.settings.start_percent == 0 and self.settings.end_percent == 1:

@@ -4,12 +4,16 @@ from collections.abc import Callable
 
 import torch
 
+from .answer import Answer
 from .energy import EnergyEstimator, Remainder
 from .posterior import Measured, Posterior, averaged_terms
 
 
 class NetworkEstimator:
     """p(level | u) is the network's; of its surplus and that of the energies (energy.py) the larger counts.
+
+    Where the last answer came by classifier-free guidance the energies' surplus alone counts: the network knows samples as
+    the model draws them without, and takes what guidance does to one for noise.
 
     Args:
         judge: u (B, ...) -> logits (B, K).
@@ -19,6 +23,7 @@ class NetworkEstimator:
     def __init__(self, judge: Callable[[torch.Tensor], torch.Tensor], levels: torch.Tensor, energy: EnergyEstimator):
         self.judge, self.levels, self.energy = judge, levels, energy
         self.terms: torch.Tensor | None = None
+        self.guided = False
         self._known: tuple[torch.Tensor, Measured] | None = None
 
     def _told(self, u: torch.Tensor, level: torch.Tensor) -> Measured:
@@ -32,21 +37,22 @@ class NetworkEstimator:
             self._known = (u, Measured(posterior, surplus, torch.ones_like(surplus)))
         return self._known[1]
 
+    def _beside(self, u: torch.Tensor, level: torch.Tensor, found: Remainder | None) -> Measured:
+        """What the network says, beside what the energies found."""
+        told = self._told(u, level)
+        if found is None:
+            return told
+        surplus = found.surplus if self.guided else torch.maximum(told.surplus, found.surplus)
+        return Measured(told.posterior, surplus, found.kept)
+
     def before(self, u: torch.Tensor, level: torch.Tensor) -> Measured:
         """What is known before the model is asked."""
-        return with_energies(self._told(u, level), self.energy.before(u, level))
+        return self._beside(u, level, self.energy.before(u, level))
 
     def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
         """With the model's estimate at this step, (B, ...), taken into account."""
-        return with_energies(self._told(u, level), self.energy.found(u, level, denoised))
+        return self._beside(u, level, self.energy.found(u, level, denoised))
 
-    def keep(self, denoised: torch.Tensor, anchor: torch.Tensor) -> None:
-        self._known = None
-        self.energy.keep(denoised, anchor)
-
-
-def with_energies(told: Measured, found: Remainder | None) -> Measured:
-    """The network's posterior with the larger surplus of both and the signal that the energies find."""
-    if found is None:
-        return told
-    return Measured(told.posterior, torch.maximum(told.surplus, found.surplus), found.kept)
+    def keep(self, answer: Answer) -> None:
+        self._known, self.guided = None, answer.guided
+        self.energy.keep(answer)

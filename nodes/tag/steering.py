@@ -1,33 +1,18 @@
 """One guided estimate: asks the model, measures, corrects. Knows nothing of ComfyUI: the model is a function."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from .alignment import (
     closed_form, level_of, relative_correction, root_mean_square, score_correction, shift, step_omega,
 )
+from .answer import Answer, Ask
 from .energy import EnergyEstimator, Remainder
 from .network_estimator import NetworkEstimator
 from .posterior import Measured, Posterior, column
 from .settings import TagSettings
 
-
-class Answer(NamedTuple):
-    """What the model says of a sample, each (B, ...).
-
-    denoised: the clean estimate for the sampler, guided by a scale or by other patches. anchor: the one that is the mean
-    of the clean images behind the sample, float32: under classifier-free guidance the conditional prediction alone. The
-    guided one is no such mean, it lies beyond: seen from it every sample has too much noise.
-    """
-
-    denoised: torch.Tensor
-    anchor: torch.Tensor
-
-
-Ask = Callable[[torch.Tensor, torch.Tensor], Answer]
-"""Asks the model: u (B, ...) at levels (B,) log-SNR."""
 
 Gradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """u (B, ...), levels (B,), omega_t (B,) -> the published time-linked score (B, ...)."""
@@ -65,7 +50,7 @@ class Steering:
             answer, measured, correction = guide(ask, x, u, level, before)
         if measured is None:
             measured = self.estimator.after(u, level, answer.anchor)
-        self.estimator.keep(*answer)
+        self.estimator.keep(answer)
         return corrected(answer.denoised, correction), measured.posterior
 
     def _time_linked_score(self, u, anchor, level, measured: Measured | None, omega: float) -> torch.Tensor:

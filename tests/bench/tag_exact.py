@@ -58,7 +58,7 @@ class Case:
         exact = posterior.Posterior.of(self.levels.expand(SAMPLES, -1), gamma)
         one_call, in_run = self.tag.energy.EnergyEstimator(), self.tag.energy.EnergyEstimator()
         in_run.after(self.u_before, self.level_before, self.before)
-        in_run.keep(self.before, self.before)
+        in_run.keep(self.tag.answer.Answer(self.before, self.before))
         energy = self.tag.energy.EnergyEstimator()
         predictor = self.tag.network_estimator.NetworkEstimator(network, self.levels, energy)
         posteriors = {

@@ -91,7 +91,7 @@ class Toy:
 
     def _answer(self, u, level):
         denoised = self.ask(u, level)
-        return self.tag.steering.Answer(denoised, denoised)
+        return self.tag.answer.Answer(denoised, denoised)
 
     def sample(self, steering=None, drift: float = DRIFT, seed: int = 0) -> torch.Tensor:
         """(POINTS, 2)."""

@@ -61,6 +61,19 @@ def test_one_step_from_pure_noise_is_left_alone(kind):
 
 
 @pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_undisturbed_euler_runs_stay_but_where_a_predictor_knows_better(trained, cfg):
+    """The demo model in ten large steps: without a predictor nothing is found beside the course. A predictor finds what large
+    steps cost, but not under classifier-free guidance, which it does not know."""
+    bare, _ = load_demo_model()
+    guided, _ = guide(bare, load_predictor("demo_fashion_mnist.safetensors") if trained else None)
+    token, nothing = [[class_token(3), {}]], [[class_token(None), {}]]
+    options = {"shape": (4, 3, 32, 32), "steps": 10, "cfg": cfg, "positive": token, "negative": nothing}
+    apart = (run(guided, **options) - run(bare, **options)).abs().max().item()
+    assert apart > 0.05 if trained and cfg == 1.0 else apart < 1e-4
+
+
+@pytest.mark.parametrize("trained", [False, True])
 def test_noisy_runs_of_a_trained_network_come_back(trained):
     """The demo model with noise at each step. The outermost pixels of its images are always black, so that what is
     there in a result is what was left of the noise."""

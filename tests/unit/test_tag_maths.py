@@ -7,6 +7,7 @@ import torch
 from artifact_guard.nodes.tag.alignment import (
     closed_form, level_of, limited, published_gradient, relative_correction, score_correction, shift,
 )
+from artifact_guard.nodes.tag.answer import Answer
 from artifact_guard.nodes.tag.energy import EnergyEstimator, energy_posterior
 from artifact_guard.nodes.tag.levels import LOG_SNR_RANGE, Schedule, alpha_and_variance, coefficients, log_snr
 from artifact_guard.nodes.tag.network_estimator import NetworkEstimator
@@ -60,7 +61,7 @@ def test_training_free_score_is_near_the_exact_one(index, extra):
     denoiser, before = ExactDenoiser(images(), 0.05), off_manifold(index - 4, 0.0)
     estimator, first = EnergyEstimator(), denoised_at(denoiser, before, index - 4)
     estimator.after(before, GRID[index - 4].expand(4), first)
-    estimator.keep(first, first)
+    estimator.keep(Answer(first, first))
     (alpha, v), (alpha_after, v_after) = (alpha_and_variance(GRID[i]) for i in (index - 4, index))
     u = alpha_after * first + (v_after / v).sqrt() * (before - alpha * first)
     u = u + extra * torch.randn(u.shape, generator=torch.Generator().manual_seed(9))
@@ -137,7 +138,7 @@ def test_noise_that_is_added_is_found_at_every_level(variance):
         """At the step after, which is hardly another level."""
         estimator = EnergyEstimator()
         estimator.after(u, level - 1e-4, anchor)
-        estimator.keep(anchor, anchor)
+        estimator.keep(Answer(anchor, anchor))
         return estimator.after(sample, level, anchor).surplus.item()
 
     for surplus in (0.3, 0.02):
@@ -173,7 +174,7 @@ def third_step(factor, estimate, anchor, level):
     for at, after in ((LOG_SNR_RANGE[0], -6.0), (-6.0, level)):
         at, after = torch.tensor([at]), torch.tensor([after])
         estimator.after(u, at, estimate)
-        estimator.keep(estimate, estimate)
+        estimator.keep(Answer(estimate, estimate))
         (alpha, v), (alpha_after, v_after) = alpha_and_variance(at), alpha_and_variance(after)
         u = alpha_after * estimate + (v_after / v).sqrt() * (u - alpha * estimate)
     return estimator.after(factor * u, after, anchor), estimator.course.leeway.item()
@@ -202,7 +203,7 @@ def test_a_run_lacks_signal_at_its_second_step(factor):
     _, anchor = noise_at(0.1, 3 * 64 * 64)
     u, estimator = torch.randn(anchor.shape, generator=torch.Generator().manual_seed(6)), EnergyEstimator()
     estimator.after(u, torch.tensor([LOG_SNR_RANGE[0]]), anchor)
-    estimator.keep(anchor, anchor)
+    estimator.keep(Answer(anchor, anchor))
     sample = factor * math.sqrt(0.9) * anchor + math.sqrt(0.1) * u
     assert estimator.after(sample, torch.tensor([math.log(9)]), anchor).kept.item() == 1.0
 
