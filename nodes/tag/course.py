@@ -35,17 +35,18 @@ class Course:
         if not self._calls:
             self.u, self.leeway, self.denoised = u, torch.zeros_like(step.v), None
             return
+        each = (-1, *[1] * (u.ndim - 1))
         terms, course, denoised = self._calls[-1]
         if len(self._calls) == 2:  # the earlier one is let go of here: while the model is asked, one is kept
             earlier = self._calls.pop(0)
             falls = step.v < terms[1]
-            terms, falls = torch.where(falls, terms, earlier[0]), column(falls, u) > 0
+            terms, falls = torch.where(falls, terms, earlier[0]), falls.reshape(each)
             course, denoised = torch.where(falls, course, earlier[1]), torch.where(falls, denoised, earlier[2])
         alpha, v, leeway, change = terms
         left = (step.v / v).sqrt()
         moved = step.alpha - left * alpha
         along = torch.addcmul(column(left, u) * course, column(moved, u), denoised)
-        self.u = torch.where(column(step.v < v, u) > 0, along, u)
+        self.u = torch.where((step.v < v).reshape(each), along, u)
         self.leeway = torch.lerp(leeway, change, (moved / step.alpha).clamp_min(0.0))
 
     def keep(self, step: Step, denoised: torch.Tensor, change: torch.Tensor) -> None:
