@@ -17,7 +17,7 @@ class Course:
     goes far back, the course begins again at the sample.
 
     A method of higher order reckons with how D changes, and may have less of it in its sample than the course by about as
-    much as D changed from one call to the next; before the first call there was none of it. `leeway` adds that up.
+    much as D changed from one call to the next; at the start it may have none of it. `leeway` adds that up.
 
     u: the course's sample, (B, ...) float32. leeway: (B,), in shares of D's length. denoised: D of the last call.
     """
@@ -33,7 +33,7 @@ class Course:
         if self._calls and self._calls[-1][1].shape != u.shape:
             self._calls = []
         if not self._calls:
-            self.u, self.leeway, self.denoised = u, torch.zeros_like(step.v), None
+            self.u, self.leeway, self.denoised = u, torch.ones_like(step.v), None
             return
         each = (-1, *[1] * (u.ndim - 1))
         terms, course, denoised = self._calls[-1]

@@ -83,15 +83,15 @@ def test_each_sample_goes_its_own_way():
 
 
 def test_leeway_is_what_the_estimate_changed_by():
-    """Each step by the share in which it goes on; less and less of it from step to step."""
-    course = Course()
-    point(course, 0.0, change=1.0)
-    assert course.leeway.tolist() == [0.0, 0.0]
+    """All at the start; then less and less of that, and each step the change by the share in which it goes on."""
+    course, left = Course(), math.exp(-1)  # sigma falls by exp(-1) a step: so much stays where it was
+    point(course, 0.0, change=0.5)
+    assert course.leeway.tolist() == [1.0, 1.0]
     point(course, 2.0, change=0.0)
-    moved = 1 - math.exp(-1)  # sigma falls by exp(-1): u goes as much of its way
-    assert course.leeway.tolist() == pytest.approx([moved] * 2, rel=1e-4)
+    second = left + (1 - left) * 0.5
+    assert course.leeway.tolist() == pytest.approx([second] * 2, rel=1e-4)
     point(course, 4.0)
-    assert course.leeway.tolist() == pytest.approx([moved * math.exp(-1)] * 2, rel=1e-4)
+    assert course.leeway.tolist() == pytest.approx([left * second] * 2, rel=1e-4)
 
 
 def test_a_run_of_another_size_begins_a_new_one():

@@ -60,6 +60,16 @@ def test_one_step_from_pure_noise_is_left_alone(kind):
     assert torch.equal(run(guide(bare)[0], **options), run(bare, **options))
 
 
+@pytest.mark.parametrize("sampler", ["seeds_2", "er_sde", "dpm_2_ancestral", "dpmpp_sde", "dpmpp_3m_sde", "heun", "uni_pc"])
+def test_fresh_noise_of_a_sampler_is_no_disturbance(sampler):
+    """Near pure noise its product with the estimate is large by chance: that is no lost signal."""
+    bare = model()
+    torch.manual_seed(0)
+    guided = run(guide(bare)[0], sampler=sampler, steps=12)
+    torch.manual_seed(0)
+    assert (guided - run(bare, sampler=sampler, steps=12)).square().mean().sqrt().item() < 0.02
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_undisturbed_euler_runs_stay_but_where_a_predictor_knows_better(trained, cfg):
