@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from .levels import LOG_SNR_RANGE, alpha_and_variance
-from .posterior import Posterior, column, mean_square
+from .posterior import Posterior, column
 
 MODES = ("relative", "score", "shift")
 
@@ -62,7 +62,7 @@ def level_of(level: torch.Tensor, surplus: torch.Tensor, kept: torch.Tensor) -> 
 
 
 def root_mean_square(x: torch.Tensor) -> torch.Tensor:
-    return mean_square(x).sqrt()
+    return torch.linalg.vector_norm(x.flatten(1), dim=1) / x[0].numel() ** 0.5
 
 
 def limited(correction: torch.Tensor, size: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,8 @@ class Course:
         self.u = torch.where((step.v < v).reshape(each), along, u)
         self.leeway = torch.lerp(leeway, change, (moved / step.alpha).clamp_min(0.0))
 
-    def keep(self, step: Step, denoised: torch.Tensor, change: torch.Tensor) -> None:
-        """The clean estimate (B, ...) at this step, uncorrected, and how much it has changed, (B,)."""
+    def keep(self, step: Step, denoised: torch.Tensor, change: torch.Tensor | None) -> None:
+        """The clean estimate (B, ...) at this step, uncorrected, and how much it has changed, (B,): wholly at the first."""
         self.denoised = denoised.float()
+        change = self.leeway if change is None else change
         self._calls = [*self._calls[-1:], (torch.stack([step.alpha, step.v, self.leeway, change]), self.u, self.denoised)]

@@ -32,88 +32,78 @@ class EnergyGrid:
     def __init__(self, noisiest: float, dimensions: float, device: torch.device):
         self.dimensions = dimensions
         coarse = torch.linspace(noisiest, LOG_SNR_RANGE[1], COARSE, device=device)
-        alpha, v = alpha_and_variance(coarse[None])
-        self.of_coarse = alpha, alpha.square(), v.reciprocal(), v.log()
+        self.of_coarse = terms_of_energy(coarse[None])[1:]
         half = 4.0 * (2.0 / max(dimensions, 1.0)) ** 0.5 / torch.sigmoid(coarse)
         half = half.clamp_min(2.0 * (LOG_SNR_RANGE[1] - noisiest) / (COARSE - 1))
         around = torch.linspace(-1.0, 1.0, NODES, device=device)
         levels = (coarse[:, None] + half[:, None] * around).clamp(noisiest, LOG_SNR_RANGE[1])
-        alpha, v = alpha_and_variance(levels)
-        self.of_fine = torch.stack([levels, alpha, v.reciprocal(), v.log()], dim=1)
+        self.of_fine = torch.stack(terms_of_energy(levels), dim=1)
 
-    def posterior(self, of_u: torch.Tensor, across: torch.Tensor, of_anchor: torch.Tensor) -> Posterior:
-        """p(level | u) from the mean squares of u and of the anchor and from the mean of their product, each (B,).
+    def posterior(self, across: torch.Tensor, away: torch.Tensor) -> Posterior:
+        """p(level | u) from the means of u * anchor and of (u - anchor)^2, each (B,).
 
         log p(u | level) = -n/2 (ln v + |u - alpha * anchor|^2 / (n v)) + const, every level equally likely before.
         """
-        means = of_u[:, None], across[:, None], of_anchor[:, None]
+        means = across[:, None], away[:, None]
         chosen = self.of_fine[minus_log_likelihood(*means, *self.of_coarse).argmin(dim=1)]
-        levels, alpha, precision, log_v = chosen.unbind(1)
-        unlikely = minus_log_likelihood(*means, alpha, alpha.square(), precision, log_v)
+        levels, share, precision, log_v = chosen.unbind(1)
+        unlikely = minus_log_likelihood(*means, share, precision, log_v)
         gamma = (unlikely * (-0.5 * self.dimensions)).nan_to_num(-1e30).softmax(dim=1)
-        return Posterior.of(levels, gamma, terms_of(alpha, precision, log_v))
+        return Posterior.of(levels, gamma, terms_of(precision - share, precision, log_v))
 
 
-def minus_log_likelihood(of_u, across, of_anchor, alpha, alpha_squared, precision, log_v) -> torch.Tensor:
-    """ln v + |u - alpha * anchor|^2 / (n v) (B, K), of means (B, 1) and of terms of levels (B or 1, K)."""
-    energy = torch.addcmul(torch.addcmul(of_u, alpha, across, value=-2.0), alpha_squared, of_anchor)
-    return torch.addcmul(log_v, energy.clamp_min(0.0), precision)
+def terms_of_energy(levels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """levels, 1 / (1 + alpha), 1 / v and ln v."""
+    alpha, v = alpha_and_variance(levels)
+    return levels, (1.0 + alpha).reciprocal(), v.reciprocal(), v.log()
 
 
-class Samples(NamedTuple):
-    """What the estimates of one step share: the run's sample u and, beside it, the one of its course (course.py), (B, ...)
-    each; leeway: the course's, square: the mean square of u, (B,) each; weight, dimensions: as in EnergyEstimator.
+def minus_log_likelihood(across, away, share, precision, log_v) -> torch.Tensor:
+    """ln v + |u - alpha * anchor|^2 / (n v) (B, K) less the mean square of the anchor, of means (B, 1) and terms (B or 1, K).
+
+    With v = (1 - alpha) (1 + alpha) that is ln v + |u - anchor|^2 / (n v) + 2 u * anchor / (n (1 + alpha)): late in a run, where v
+    is small, so is the first of them, and no digits are lost.
+    """
+    return torch.addcmul(torch.addcmul(log_v, away, precision), across, share, value=2.0)
+
+
+class Disturbance(NamedTuple):
+    """What was done to samples, each (B,).
+
+    surplus: by how much the log-SNR has fallen, 0 or more. kept: how much of its signal a sample still has, 1 or less. Both
+    beyond what chance explains.
     """
 
-    u: torch.Tensor
-    course: torch.Tensor
-    leeway: torch.Tensor
-    square: torch.Tensor
-    step: Step
-    weight: torch.Tensor | None
-    dimensions: float
-
-
-class Remainder(NamedTuple):
-    """What remains of samples when the part of them that is an anchor is taken away, each (B,).
-
-    across, of_anchor: means of u * anchor and of anchor^2. energy: mean square of the rest. surplus: how far the log-SNR
-    has fallen, and kept: as in Measured, both beyond what chance explains.
-    """
-
-    across: torch.Tensor
-    of_anchor: torch.Tensor
-    energy: torch.Tensor
     surplus: torch.Tensor
     kept: torch.Tensor
 
     @classmethod
-    def of(cls, samples: Samples, anchor: torch.Tensor, of_anchor: torch.Tensor) -> "Remainder":
-        """From the mean square of the anchor.
+    def of(
+        cls, u: torch.Tensor, course: Course, step: Step, anchor: torch.Tensor, of_anchor: torch.Tensor,
+        weight: torch.Tensor | None, dimensions: float,
+    ) -> "Disturbance":
+        """Of the run's samples u beside its course, when the part of both that is an anchor is taken away.
 
         The part of a sample that is the anchor is found by regression, at most the whole of it; the rest is noise. Lost is
         what the course has more of the one, beyond its leeway; surplus noise what it has less of the other. Chance in
-        that is what both do not share: 2 / n in ln of each energy, of two that correlate by r 4 (1 - r^2) / n in their ratio.
+        that is what both do not share: 1 / (2 n) in ln of the RMS of each rest, of two that correlate by r (1 - r^2) / n in
+        their ratio.
+
+        Args:
+            of_anchor: (B,), its mean square. weight, dimensions: as in EnergyEstimator.
         """
-        (alpha, v), n, weight = samples.step[1:], samples.dimensions, samples.weight
-        both, whole = torch.stack([samples.u, samples.course]), (alpha * of_anchor).clamp_min(1e-12)
-        products = mean_product(both, anchor, weight, dims=anchor.ndim)
-        parts = alpha * (products / whole).clamp(0.0, 1.0)
+        both, whole = torch.stack([u, course.u]), (step.alpha * of_anchor).clamp_min(1e-12)
+        shares = mean_product(both, anchor, weight, dims=anchor.ndim) / whole
+        parts = step.alpha * shares.clamp(0.0, 1.0)
         rest = torch.addcmul(both, parts.reshape(*parts.shape, *[1] * (anchor.ndim - 1)), anchor.float(), value=-1.0)
-        (across, due), (energy, expected) = products, mean_square(rest, weight, dims=anchor.ndim).clamp_min(1e-12)
-        shared = mean_product(rest[0], rest[1], weight)
-        alone = (1.0 - shared.square() / (energy * expected)).clamp_min(0.0)
-        lost = (due - across) / whole - samples.leeway
-        kept = 1.0 - beyond_chance(lost, v / (alpha * whole * n)).clamp_max(0.9)
-        surplus = torch.sub(beyond_chance((energy / expected).log(), alone * (4.0 / n)), kept.log(), alpha=2.0)
-        return cls(across, of_anchor, energy, surplus, kept)
-
-
-def noisier_of(one: Remainder, other: Remainder) -> Remainder:
-    """For each sample the means of the one with more energy, the larger surplus and the smaller signal."""
-    chosen = one.energy >= other.energy
-    means = (torch.where(chosen, mine, yours) for mine, yours in zip(one[:3], other[:3]))
-    return Remainder(*means, torch.maximum(one.surplus, other.surplus), torch.minimum(one.kept, other.kept))
+        energies = mean_square(rest, weight, dims=anchor.ndim).clamp_min(1e-12)
+        correlation = mean_product(rest[0], rest[1], weight).square() / energies.prod(dim=0)
+        lost = shares[1] - shares[0] - course.leeway
+        gaps = torch.stack([lost, energies.log().diff(dim=0)[0] * -0.5])
+        chance = torch.stack([step.v / (step.alpha * whole), (1.0 - correlation).clamp_min(0.0)]) / dimensions
+        lost, grown = beyond_chance(gaps, chance)
+        kept = 1.0 - lost.clamp_max(0.9)
+        return cls(2.0 * (grown - kept.log()), kept)
 
 
 def energy_posterior(
@@ -127,22 +117,22 @@ def energy_posterior(
     """
     share = 1.0 if weight is None else float(weight.float().mean())
     grid = EnergyGrid(noisiest, u[0].numel() * share, u.device)
-    return grid.posterior(mean_square(u, weight), mean_product(u, anchor, weight), mean_square(anchor, weight))
+    return grid.posterior(mean_product(u, anchor, weight), mean_square(u - anchor, weight))
 
 
 class EnergyEstimator:
     """The training-free estimate: the noise that a sample has is what remains when its clean image is taken away.
 
-    Two clean estimates can stand for that image. The model's own at this step: right while the noise hides details, but
-    late in a run a network takes surplus noise for detail. And the one of the step before: a sampler makes each sample
-    from it, so whatever was added on the way shows, at any noise level; it asks nothing of the model and is known
-    before the model is asked. The larger of both counts.
+    What was done to a sample is told with the estimate of the step before: a sampler makes each sample from it, so whatever
+    was added on the way shows, at any noise level; it asks nothing of the model and is known before the model is asked.
+    It is told beside the course of the run: a start has a little too much noise by chance, a run from pure noise begins
+    without any signal, and large steps leave that behind what the model sees by then. None of it was done to the sample.
+    So the surplus takes the sample for one of the step's level that was given noise or has lost signal: near pure noise, where
+    all levels have nearly the same variance, only that tells how much.
 
-    What remains says two things. The posterior over levels takes u for a variance-preserving sample of some level, as the
-    time-linked score needs it. The surplus takes it for a sample of the step's level that was given noise or has lost
-    signal: near pure noise, where all levels have nearly the same variance, only that tells how much. It is told beside
-    the course of the run: a start has a little too much noise by chance, a run from pure noise begins without any
-    signal, and large steps leave that behind what the model sees by then. None of it was done to the sample.
+    The posterior over levels takes it for a variance-preserving sample of some level, as the time-linked score needs it. There
+    the model's own estimate at this step can stand for the image too: right while the noise hides details, but late in a
+    run a network takes surplus noise for detail. Of the two posteriors the noisier one counts.
 
     Args:
         weight: which positions count, as in mean_square.
@@ -154,63 +144,47 @@ class EnergyEstimator:
         self.weight, self.noisiest = weight, noisiest
         self.share = 1.0 if weight is None else float(weight.float().mean())
         self.grid: EnergyGrid | None = None
-        self.previous: torch.Tensor | None = None
+        self.anchor: torch.Tensor | None = None
+        self.of_anchor: torch.Tensor | None = None
         self.course = Course()
-        self._squares: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._samples: Samples | None = None
-        self._before: Remainder | None = None
+        self._step: Step | None = None
+        self._before: Disturbance | None = None
 
-    def _square(self, anchor: torch.Tensor) -> torch.Tensor:
-        """mean_square of an estimate, taken once while it is used."""
-        for known, value in self._squares:
-            if known is anchor:
-                return value
-        self._squares.append((anchor, mean_square(anchor, self.weight)))
-        return self._squares[-1][1]
-
-    def _begin(self, u: torch.Tensor, level: torch.Tensor) -> None:
-        if self._samples is None:
-            step = Step.at(level)
-            self.course.go_to(step, u)
-            dimensions = max(u[0].numel() * self.share, 1.0)
-            square = mean_square(u, self.weight)
-            self._samples = Samples(u, self.course.u, self.course.leeway, square, step, self.weight, dimensions)
-
-    def _remainder(self, anchor: torch.Tensor) -> Remainder:
-        return Remainder.of(self._samples, anchor, self._square(anchor))
-
-    def before(self, u: torch.Tensor, level: torch.Tensor) -> Remainder | None:
-        """What is known before the model is asked; None at the first step."""
-        self._begin(u, level)
-        if self.previous is None or self.previous.shape != u.shape:
-            return None
-        if self._before is None:
-            self._before = self._remainder(self.previous)
+    def before(self, u: torch.Tensor, level: torch.Tensor) -> Disturbance | None:
+        """What is known before the model is asked; None at the first step: nothing was added yet."""
+        if self._step is None:
+            self._step = Step.at(level)
+            self.course.go_to(self._step, u)
+            if self.anchor is not None and self.anchor.shape == u.shape:
+                self._before = Disturbance.of(
+                    u, self.course, self._step, self.anchor, self.of_anchor, self.weight, self._dimensions(u)
+                )
         return self._before
 
-    def found(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Remainder:
-        """With the model's estimate at this step, (B, ...), taken into account. At the first step there is no surplus: nothing
-        was added yet.
-        """
-        before, now = self.before(u, level), self._remainder(denoised)
-        return now if before is None else noisier_of(before, now)
+    def _dimensions(self, u: torch.Tensor) -> float:
+        return max(u[0].numel() * self.share, 1.0)
 
-    def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
-        """The same, with the posterior over levels."""
-        found = self.found(u, level, denoised)
-        if self.grid is None or self.grid.dimensions != self._samples.dimensions:
-            self.grid = EnergyGrid(self.noisiest, self._samples.dimensions, u.device)
-        return Measured(self.grid.posterior(self._samples.square, found.across, found.of_anchor), found.surplus, found.kept)
+    def after(self, u: torch.Tensor, level: torch.Tensor, anchor: torch.Tensor) -> Measured:
+        """The same, with the posterior over levels; the model's estimate at this step is the anchor (B, ...)."""
+        before, dimensions = self.before(u, level), self._dimensions(u)
+        if self.grid is None or self.grid.dimensions != dimensions:
+            self.grid = EnergyGrid(self.noisiest, dimensions, u.device)
+        anchors = torch.stack([anchor] if before is None else [self.anchor, anchor])
+        across = mean_product(anchors, u, self.weight, dims=u.ndim).flatten()
+        away = mean_square(u - anchors, self.weight, dims=u.ndim).flatten()
+        posterior = self.grid.posterior(across, away)
+        if before is None:
+            return Measured(posterior, torch.zeros_like(level), torch.ones_like(level))
+        return Measured(posterior.noisier_half(), *before)
 
     def keep(self, answer: Answer) -> None:
         """What the model answered at this step, before any correction: the course goes on with the estimate for the sampler, and
         the anchor stands for the image at the next step.
         """
-        last, step = self.course.denoised, self._samples.step
-        change = torch.ones_like(step.v)
+        last, self.of_anchor = self.course.denoised, mean_square(answer.anchor, self.weight)
+        change = None
         if last is not None:
             moved = mean_product(answer.denoised - last, answer.anchor, self.weight)
-            change = (moved / self._square(answer.anchor).clamp_min(1e-12)).abs()
-        self.course.keep(step, answer.denoised, change)
-        self.previous, self._before, self._samples = answer.anchor, None, None
-        self._squares = [known for known in self._squares if known[0] is answer.anchor]
+            change = (moved / self.of_anchor.clamp_min(1e-12)).abs()
+        self.course.keep(self._step, answer.denoised, change)
+        self.anchor, self._step, self._before = answer.anchor, None, None

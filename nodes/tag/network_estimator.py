@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from .answer import Answer
-from .energy import EnergyEstimator, Remainder
+from .energy import Disturbance, EnergyEstimator
 from .posterior import Measured, Posterior, averaged_terms
 
 
@@ -37,7 +37,7 @@ class NetworkEstimator:
             self._known = (u, Measured(posterior, surplus, torch.ones_like(surplus)))
         return self._known[1]
 
-    def _beside(self, u: torch.Tensor, level: torch.Tensor, found: Remainder | None) -> Measured:
+    def _beside(self, u: torch.Tensor, level: torch.Tensor, found: Disturbance | None) -> Measured:
         """What the network says, beside what the energies found."""
         told = self._told(u, level)
         if found is None:
@@ -49,9 +49,9 @@ class NetworkEstimator:
         """What is known before the model is asked."""
         return self._beside(u, level, self.energy.before(u, level))
 
-    def after(self, u: torch.Tensor, level: torch.Tensor, denoised: torch.Tensor) -> Measured:
-        """With the model's estimate at this step, (B, ...), taken into account."""
-        return self._beside(u, level, self.energy.found(u, level, denoised))
+    def after(self, u: torch.Tensor, level: torch.Tensor, anchor: torch.Tensor) -> Measured:
+        """The same: the network needs no estimate of the model's."""
+        return self.before(u, level)
 
     def keep(self, answer: Answer) -> None:
         self._known, self.guided = None, answer.guided

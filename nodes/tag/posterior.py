@@ -19,13 +19,13 @@ def averaged_terms(levels: torch.Tensor) -> torch.Tensor:
     d is ln v from the middle level's on: a variance taken from d and d^2 loses no digits.
     """
     alpha, v = alpha_and_variance(levels)
-    return terms_of(alpha, v.reciprocal(), v.log())
+    return terms_of(alpha / v, v.reciprocal(), v.log())
 
 
-def terms_of(alpha: torch.Tensor, precision: torch.Tensor, log_v: torch.Tensor) -> torch.Tensor:
-    """averaged_terms of levels whose alpha, 1 / v and ln v, each (B, K), are at hand."""
+def terms_of(signal: torch.Tensor, precision: torch.Tensor, log_v: torch.Tensor) -> torch.Tensor:
+    """averaged_terms of levels whose alpha / v, 1 / v and ln v, each (B, K), are at hand."""
     d = log_v - log_v[:, log_v.shape[1] // 2, None]
-    return torch.stack([precision, log_v, d, d.square(), alpha * precision], dim=1)
+    return torch.stack([precision, log_v, d, d.square(), signal], dim=1)
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,12 @@ class Posterior:
         """How much noise too much at a step of this level, (B,) >= 0: ln(v of the sample / v of the step)."""
         mean, variance = self.log_variance()
         return beyond_chance(mean + F.softplus(level), variance)  # ln v = -softplus(log-SNR)
+
+    def noisier_half(self) -> "Posterior":
+        """For each sample the noisier one of two posteriors, those of all samples (2 B, ...) one after the other."""
+        means = self.means.unflatten(0, (2, -1))
+        chosen = (means[0, :, 1] >= means[1, :, 1])[:, None]
+        return Posterior(*(torch.where(chosen, *both.chunk(2)) for both in (self.levels, self.gamma, self.means)))
 
     def likeliest(self) -> torch.Tensor:
         """The level with the largest share, (B,)."""

@@ -8,7 +8,7 @@ from .alignment import (
     closed_form, level_of, relative_correction, root_mean_square, score_correction, shift, step_omega,
 )
 from .answer import Answer, Ask
-from .energy import EnergyEstimator, Remainder
+from .energy import Disturbance, EnergyEstimator
 from .network_estimator import NetworkEstimator
 from .posterior import Measured, Posterior, column
 from .settings import TagSettings
@@ -58,7 +58,7 @@ class Steering:
             return self.gradient(u, level, step_omega(omega, level))
         return closed_form(u, anchor, level, measured.posterior)
 
-    def _relative(self, ask: Ask, x, u, level, before: Measured | Remainder | None):
+    def _relative(self, ask: Ask, x, u, level, before: Measured | Disturbance | None):
         """Asks the model at the level the sample really has, and corrects in proportion to the gap.
 
         Asking there is not in the paper: a network that is told too little noise takes the surplus for detail, and no
@@ -67,8 +67,10 @@ class Steering:
         """
         asked, asked_at = u, level
         if self.settings.ask_at == "sample's level" and self.may_ask_elsewhere and before is not None:
-            share = min(self.settings.strength, 1.0)
-            asked_at, factor = level_of(level, share * before.surplus, before.kept.pow(share))
+            surplus, kept = before[-2:]
+            if self.settings.strength < 1:
+                surplus, kept = self.settings.strength * surplus, kept.pow(self.settings.strength)
+            asked_at, factor = level_of(level, surplus, kept)
             asked = u * column(factor, u)
         answer = ask(asked, asked_at)
         measured = self.estimator.after(u, level, answer.anchor)
@@ -76,7 +78,7 @@ class Steering:
         reach = root_mean_square(answer.denoised.float() - x.float())
         return answer, measured, relative_correction(tls, reach, self.settings.strength, measured.surplus)
 
-    def _score(self, ask: Ask, x, u, level, before: Measured | Remainder | None):
+    def _score(self, ask: Ask, x, u, level, before: Measured | Disturbance | None):
         """The paper's score guidance, Eq. 7."""
         answer = ask(u, level)
         measured = self.estimator.after(u, level, answer.anchor)
@@ -84,7 +86,7 @@ class Steering:
         reach = root_mean_square(answer.denoised.float() - x.float())
         return answer, measured, score_correction(tls, reach, self.settings.strength, level)
 
-    def _shift(self, ask: Ask, x, u, level, before: Measured | Remainder | None):
+    def _shift(self, ask: Ask, x, u, level, before: Measured | Disturbance | None):
         """The paper's Algorithm 1, as far as a MODEL patch can: the model's estimate at the shifted sample. The sampler
         goes on from its own x. The closed form needs an estimate first, which is one more model call.
         """
