@@ -111,7 +111,7 @@ def robust_threshold(values: torch.Tensor, k: float, valid: torch.Tensor | None 
         k: how many robust standard deviations above the median the threshold lies.
     """
     median, mad = median_and_mad(values, valid)
-    return median + k * NORMAL_CONSISTENCY * mad
+    return torch.add(median, mad, alpha=k * NORMAL_CONSISTENCY)
 
 
 @selecting

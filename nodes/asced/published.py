@@ -1,10 +1,12 @@
 """The published detectors: which pixels change abnormally between two steps (ASCED, section 3.2 and released code)."""
 
+from typing import NamedTuple
+
 import torch
 
 from ...kernels.robust_threshold import robust_threshold
 from ...kernels.score_dynamics import change_speed
-from .detector import NEVER, Detector, Findings
+from .detector import Detector, Findings
 from .estimate import Estimate
 from .options import AscedOptions
 
@@ -14,9 +16,9 @@ SMALLEST_SIGNAL = 1e-3
 PUBLISHED_K = 3.0
 """Robust standard deviations above the median that a change has to exceed to be abnormal, at sensitivity 1."""
 
-TOGETHER, TOGETHER_VALUES = 4, 2**22
+TOGETHER, TOGETHER_VALUES = 16, 2**23
 """At most so many changes wait to be judged together, and fewer of latents that hold so many values among them: no more
-memory than that, whatever the number of steps."""
+memory than that, whatever the number of steps. A window of a run of 25 steps has about eight."""
 
 ONE_BY_ONE = ("cpu",)
 """Where starting an operation costs next to nothing, and what is small stays in the cache: there no change waits."""
@@ -25,6 +27,14 @@ ONE_BY_ONE = ("cpu",)
 def blur_sigma(options: AscedOptions, shorter_side: int) -> float:
     """Standard deviation of the blur in latent pixels: at least one pixel, unless it is switched off with 0."""
     return max(1.0, options.blur * shorter_side) if options.blur > 0 else 0.0
+
+
+class Compared(NamedTuple):
+    """Of one step: its clean estimate D, what is compared of it (F, C, H, W), None where it cannot be told, and b / a."""
+
+    denoised: torch.Tensor
+    values: torch.Tensor | None
+    ratio: float
 
 
 class CleanEstimateDetector(Detector):
@@ -49,15 +59,15 @@ class CleanEstimateDetector(Detector):
         self.blur = blur_sigma(options, shorter_side)
         self.limit: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
-        self.waiting: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+        self.waiting: list[Compared] = []
 
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
         self.valid, self.limit = valid, None
-        before, after = self.quantity(previous), self.quantity(current)
-        if before is None or after is None:
-            return
-        self.waiting.append((before, after, previous.ratio))
-        if len(self.waiting) >= min(self.together, how_many_together(after)):
+        if not self.waiting or self.waiting[-1].denoised is not previous.denoised:
+            self.judge()
+            self.waiting = [Compared(previous.denoised, self.quantity(previous), previous.ratio)]
+        self.waiting.append(Compared(current.denoised, self.quantity(current), current.ratio))
+        if len(self.waiting) > min(self.together, how_many_together(current.denoised)):
             self.judge()
 
     def change_limit(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> torch.Tensor | None:
@@ -84,29 +94,32 @@ class CleanEstimateDetector(Detector):
 
     def judge(self) -> None:
         """Judge all changes that wait. Score: the largest channel in units of the threshold. NaN is not abnormal."""
-        if not self.waiting:
+        told, self.waiting = [x for x in self.waiting if x.values is not None], self.waiting[-1:]
+        steps = len(told) - 1
+        if steps < 1:
             return
-        befores, afters, ratios = zip(*self.waiting)
-        self.waiting = []
-        steps = len(ratios)
         valid = self.valid if self.valid is None or steps == 1 else self.valid.repeat(steps, 1, 1)
-        change = change_speed(joined(afters), joined(befores), self.blur)
+        change = change_speed(*after_and_before([x.values for x in told]), self.blur)
         threshold, largest = self.threshold(change, valid), change.amax(dim=1)
         limit = threshold[:, None, None]
         abnormal = largest > limit
         if valid is not None:
             abnormal &= valid
-        began = NEVER
-        for ratio, where in zip(ratios[::-1], abnormal.chunk(steps)[::-1]):
-            began = torch.where(where, ratio, began)
+        *earlier, newest = abnormal.chunk(steps)
+        began = newest * told[-2].ratio  # NEVER, 0, elsewhere: torch.where of two numbers takes three times as long
+        for before, where in zip(told[-3::-1], earlier[::-1]):
+            began = torch.where(where, before.ratio, began)
         score = largest.div_(limit)
         self.take(score if steps == 1 else score.unflatten(0, (steps, -1)).amax(dim=0), began)
         self.limit = threshold.chunk(steps)[-1]
 
 
-def joined(frames: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The frames of several steps, (S * F, C, H, W), as one batch."""
-    return frames[0] if len(frames) == 1 else torch.cat(frames)
+def after_and_before(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the values (F, C, H, W) of several steps all but the first and all but the last, each as one batch."""
+    if len(values) == 2:
+        return values[1], values[0]
+    joined, frames = torch.cat(values), len(values[0])
+    return joined[frames:], joined[:-frames]
 
 
 def how_many_together(frames: torch.Tensor) -> int:
