@@ -56,21 +56,6 @@ def too_long(tensors: list[torch.Tensor]) -> str | None:
 selecting = with_triton("robust_threshold_triton", dtypes=(torch.float32, torch.bool), unfit=too_long, size_of=row_length)
 
 
-@selecting
-def sample_median(values: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Median of each sample, the mean of the two middle values where their number is even, as in numpy.
-
-    Args:
-        values: (B, ...), at least one value a sample. NaN counts as larger than any number.
-        valid: bool, broadcastable to the shape of `values`, optional: the entries to look at. A sample with none gives
-            NaN.
-
-    Returns:
-        (B,) in the dtype of `values`.
-    """
-    return _row_median(values.flatten(1), None if valid is None else valid.expand_as(values).flatten(1))
-
-
 def _row_median(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """Median (B,) of rows (B, N), of those values that `valid` (B, N) marks."""
     if values.device.type in NUMPY_DEVICES:
@@ -87,6 +72,8 @@ def _row_median(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tenso
 @selecting
 def median_and_mad(values: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Median and median absolute deviation of each sample: (B, ...) gives two of (B,) in the dtype of `values`.
+
+    A median is the mean of the two middle values where their number is even, as in numpy.
 
     Args:
         values: (B, ...), at least one value a sample. NaN counts as larger than any number.

@@ -62,13 +62,6 @@ def _middle(value, counts, count):
 
 
 @triton.jit
-def _median(values, valid, out, size, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    value, counts, count = _load(values + row * size, valid + row * size, size, MASKED, BLOCK)
-    tl.store(out + row, _middle(value, counts, count))
-
-
-@triton.jit
 def _median_and_mad(values, valid, median, mad, size, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     value, counts, count = _load(values + row * size, valid + row * size, size, MASKED, BLOCK)
@@ -99,13 +92,6 @@ def _rows(values: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tenso
 
 def _one_each(rows: torch.Tensor) -> torch.Tensor:
     return torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-
-
-def sample_median(values: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    rows, counted, shared = _rows(values, valid)
-    out = _one_each(rows)
-    _median[(len(rows),)](rows, counted, out, rows.shape[1], **shared)
-    return out
 
 
 def median_and_mad(values: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,9 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.regions import close_square, grow_from, open_square
-from ...kernels.robust_threshold import (
-    NORMAL_CONSISTENCY, median_and_mad, robust_threshold, sample_median, sample_quantile,
-)
+from ...kernels.robust_threshold import NORMAL_CONSISTENCY, median_and_mad, robust_threshold, sample_quantile
 from ...kernels.score_dynamics import bend_map, change_maps, change_speed
 from ..latents import pixels
 from .detector import NEVER, Detector, Findings, keep_regions
@@ -166,8 +164,7 @@ class DynamicsDetector(Detector):
         median, mad = median_and_mad(bend, active)
         mad = NORMAL_CONSISTENCY * mad
         self.largest_mad = mad if self.largest_mad is None else torch.maximum(self.largest_mad, mad)
-        speed = velocity.abs_().amax(dim=1).flatten(1)
-        motion = sample_median(speed, None if active is None else active.flatten(1)) * move.length
+        motion = median_and_mad(velocity.abs_().amax(dim=1), active)[0] * move.length
         unit = torch.maximum(BURST_MAD_FLOOR * self.largest_mad, BURST_MOTION * motion)
         score = scaled(bend - median[:, None, None], BURST_LIMIT * torch.maximum(unit, mad))
         if self.valid is not None:

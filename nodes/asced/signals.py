@@ -43,7 +43,8 @@ TINY = 1e-9
 
 
 class Signals:
-    """Gathers the maps of one window. State: the travel of six spans, two sums and three estimates, all on the grid."""
+    """Gathers the maps of one window. State: the travel of six spans at half precision, two sums and three estimates, all
+    on the grid."""
 
     def __init__(self):
         self.began = 0.0
@@ -65,7 +66,7 @@ class Signals:
         for span, (high, low) in enumerate(zip(self.edges, self.edges[1:])):
             shared = min(start, high) - max(end, low)
             if shared > 0:
-                self.spans[span] = self.spans[span] + rate * shared
+                self.spans[span] = (self.spans[span] + rate * shared).half()
         change = on_grid(velocity) * (start - end)
         self.shared = self.shared + (change * neighbours(change)).mean(1)
         self.moved = self.moved + change.square().mean(1)

@@ -25,7 +25,6 @@ KERNELS = {
         "_blur_axis": [("p16 p16 pf pf i i i i", {"DIFFERENCE": first, "ALONG_ROWS": first, "BLOCK": 1024}) for first in (True, False)],
     },
     "robust_threshold": {
-        "_median": [("pf pu pf i", {"MASKED": True, "BLOCK": 4096})],
         "_median_and_mad": [("pf pu pf pf i", {"MASKED": masked, "BLOCK": size}) for masked, size in ((True, 4096), (False, 65536))],
         "_quantile": [("pf pu pf i i i", {"MASKED": masked, "BLOCK": 4096}) for masked in (True, False)],
     },

@@ -122,15 +122,6 @@ def test_median_and_mad(name, masked, device):
         assert_close(result, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_sample_median(name, device):
-    reference, triton = kernel("sample_median", device)
-    values = ROWS[name]
-    assert_close(triton(values), reference(values), rtol=0, atol=0)
-    valid = torch.rand(values.shape[1:], generator=torch.Generator().manual_seed(5)) < 0.5
-    assert_close(triton(values, valid), reference(values, valid), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.85, 1.0])
 @pytest.mark.parametrize("name", ROWS)
 def test_sample_quantile(name, share, device):
@@ -207,9 +198,9 @@ def test_reason_for_the_choice(monkeypatch):
     monkeypatch.setitem(dispatch.FASTER, "change_maps", 6)
     assert dispatch.choose("change_maps", [x]).backend == "triton"
     assert "from 6 elements" in dispatch.choose("change_maps", [x[:1]]).reason
-    monkeypatch.setitem(dispatch.FASTER, "sample_median", 4)
-    choices = [robust_threshold.sample_median, torch.zeros(50, 3)], [robust_threshold.sample_median, torch.zeros(1, 4)]
-    told = [dispatch.choose("sample_median", [rows], size_of=function.size_of).backend for function, rows in choices]
+    monkeypatch.setitem(dispatch.FASTER, "sample_quantile", 4)
+    choices = [robust_threshold.sample_quantile, torch.zeros(50, 3)], [robust_threshold.sample_quantile, torch.zeros(1, 4)]
+    told = [dispatch.choose("sample_quantile", [rows], size_of=function.size_of).backend for function, rows in choices]
     assert told == ["torch", "triton"]  # by the length of a row, however many there are
     monkeypatch.setenv(dispatch.VARIABLE, "torch")
     assert dispatch.choose("change_maps", [x]) == ("torch", f"{dispatch.VARIABLE}=torch")
@@ -237,7 +228,7 @@ def test_rows_that_do_not_fit_into_one_program_are_torchs(monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="takes up to 65536 values a sample, and here are 65537"):
-        robust_threshold.sample_median(torch.zeros(1, robust_threshold.LONGEST_ROW + 1))
+        robust_threshold.sample_quantile(torch.zeros(1, robust_threshold.LONGEST_ROW + 1), 0.5)
 
 
 def test_what_is_chosen_by_itself_has_a_triton_form():
