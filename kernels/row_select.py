@@ -33,27 +33,28 @@ def value_at(row: np.ndarray, lower: int, upper: int) -> np.float32:
         lower, upper: counted from 0, equal or next to each other.
     """
     if len(row) >= LEAST:
-        low, high = bracket(row, upper)
-        less = row < low
-        below = np.count_nonzero(less)
-        between = row.compress((row <= high) ^ less)
+        between, below = near(row, upper)
         if below <= lower and upper < below + len(between):
             return _partitioned(between, lower - below, upper - below)
     return _partitioned(row.copy(), lower, upper)
 
 
-def bracket(row: np.ndarray, rank: int) -> tuple[np.float32, np.float32]:
-    """Two values of a row (N,) between which, both included, the one of this rank lies almost surely."""
+def near(row: np.ndarray, rank: int) -> tuple[np.ndarray, int]:
+    """Values of a row (N,) among which the one of this rank lies almost surely, in no order, and how many are smaller."""
     sample = np.sort(row[:: len(row) // SAMPLE | 1])  # odd, so that it does not keep to some columns of a picture
     last, missing = len(sample) - 1, 0
     at = rank * len(sample) // len(row)
     for _ in range(PROBES):
         at = min(max(0, at + round(missing)), last)
-        missing = (rank - np.count_nonzero(row < sample[at])) * len(sample) / len(row)
+        less = row < sample[at]
+        below = np.count_nonzero(less)
+        missing = (rank - below) * len(sample) / len(row)
     margin = 2 + MARGIN * math.sqrt(abs(missing))
     if missing >= 0:
-        return sample[at], sample[min(last, math.ceil(at + missing + margin))]
-    return sample[max(0, math.floor(at + missing - margin))], sample[at]
+        up_to = row <= sample[min(last, math.ceil(at + missing + margin))]
+        return row.compress(np.not_equal(up_to, less, out=up_to)), below
+    lesser = row < sample[max(0, math.floor(at + missing - margin))]
+    return row.compress(np.not_equal(less, lesser, out=less)), np.count_nonzero(lesser)
 
 
 def _partitioned(row: np.ndarray, lower: int, upper: int) -> np.float32:
