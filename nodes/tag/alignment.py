@@ -57,7 +57,7 @@ def level_of(level: torch.Tensor, surplus: torch.Tensor, kept: torch.Tensor) -> 
     Returns:
         Its level, (B,), and the factor (B,) that makes it variance-preserving again.
     """
-    fallen = (level - surplus).clamp_min(LOG_SNR_RANGE[0])
+    fallen = torch.minimum(level, (level - surplus).clamp_min(LOG_SNR_RANGE[0]))
     return fallen, torch.rsqrt(1.0 + torch.sigmoid(-level) * torch.expm1(surplus)) / kept  # alpha^2 + v * exp(surplus)
 
 

@@ -164,6 +164,8 @@ def test_a_sample_is_asked_for_as_what_it_is(variance, surplus, kept):
 def test_no_level_is_noisier_than_all():
     fallen, factor = level_of(torch.tensor([LOG_SNR_RANGE[0]]), torch.tensor([9.0]), torch.ones(1))
     assert fallen.item() == LOG_SNR_RANGE[0] and factor.item() == pytest.approx(math.exp(-4.5), rel=1e-3)
+    beyond = torch.tensor([LOG_SNR_RANGE[0] - 2.0])
+    assert torch.equal(level_of(beyond, torch.zeros(1), torch.ones(1))[0], beyond)
 
 
 def third_step(factor, estimate, anchor, level):
