@@ -6,7 +6,7 @@ import torch
 
 from ...kernels.robust_threshold import robust_threshold
 from ...kernels.score_dynamics import change_speed
-from .detector import Detector, Findings
+from .detector import NEVER, Detector, Findings
 from .estimate import Estimate
 from .options import AscedOptions
 
@@ -105,9 +105,8 @@ class CleanEstimateDetector(Detector):
         abnormal = largest > limit
         if valid is not None:
             abnormal &= valid
-        *earlier, newest = abnormal.chunk(steps)
-        began = newest * told[-2].ratio  # NEVER, 0, elsewhere: torch.where of two numbers takes three times as long
-        for before, where in zip(told[-3::-1], earlier[::-1]):
+        began = NEVER
+        for before, where in zip(told[-2::-1], abnormal.chunk(steps)[::-1]):
             began = torch.where(where, before.ratio, began)
         score = largest.div_(limit)
         self.take(score if steps == 1 else score.unflatten(0, (steps, -1)).amax(dim=0), began)
