@@ -4,7 +4,6 @@ Where a family keeps its image tokens is written out here by hand, as lengths of
 patch does not see this table. The reference is an attention override of the test's own.
 """
 
-import importlib
 import pathlib
 import re
 
@@ -198,7 +197,7 @@ def test_the_help_pages_table_is_what_was_measured():
 @pytest.mark.parametrize("name", NO_HOOK)
 def test_networks_without_hook_call_none(name):
     """Their code hands no transformer_options to attention, so no override can be called; and they call no patch."""
-    module = importlib.import_module(name.rpartition(".")[0])
+    module = pytest.importorskip(name.rpartition(".")[0], reason="this ComfyUI has no such network")
     assert hasattr(module, name.rpartition(".")[2])
     folder = pathlib.Path(module.__file__).parent
     calls = [
