@@ -7,7 +7,7 @@ from artifact_guard.kernels import regions
 from artifact_guard.kernels import robust_threshold as thresholds
 from artifact_guard.kernels.renoise import renoise
 from artifact_guard.kernels.robust_threshold import median_and_mad, robust_threshold
-from artifact_guard.kernels.score_dynamics import change_speed, gaussian_blur
+from artifact_guard.kernels.score_dynamics import blurred_by_bands, blurred_by_shifts, change_speed, gaussian_blur
 from artifact_guard.nodes.asced.detector import keep_regions
 from artifact_guard.nodes.asced.estimate import Estimate
 from artifact_guard.nodes.asced.published import CleanEstimateDetector
@@ -30,10 +30,20 @@ def normal(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 5), (17, 32), (40, 33)])
 @pytest.mark.parametrize("sigma", [0.6, 1.0, 2.3, 6.0])
 def test_blur_is_scipys(size, sigma):
-    """Every size, images smaller than the kernel's radius included, equals gaussian_filter(mode="reflect")."""
+    """Every size, images smaller than the kernel's radius included, equals gaussian_filter(mode="reflect"), in both its forms."""
     x = normal(2, 3, *size)
     wanted = ndimage.gaussian_filter(x.double().numpy(), (0, 0, sigma, sigma), mode="reflect")
-    np.testing.assert_allclose(gaussian_blur(x, sigma).numpy(), wanted, rtol=0, atol=2e-6)
+    for blur in (gaussian_blur, blurred_by_shifts, blurred_by_bands):
+        np.testing.assert_allclose(blur(x, sigma).numpy(), wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("at", [(20, 20), (0, 39)])
+def test_what_is_no_number_spreads_as_far_as_the_blur_and_changes_nothing_else(at):
+    x = normal(2, 2, 40, 40)
+    whole = gaussian_blur(x, 1.0)
+    x[(0, 0, *at)] = torch.nan
+    blurred, wanted = gaussian_blur(x, 1.0), blurred_by_shifts(x, 1.0).isnan()
+    assert torch.equal(blurred.isnan(), wanted) and wanted.any() and torch.equal(blurred[~wanted], whole[~wanted])
 
 
 def test_blur_of_zero_width_changes_nothing():

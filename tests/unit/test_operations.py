@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from artifact_guard.kernels import dispatch, robust_threshold
+from artifact_guard.kernels import dispatch, robust_threshold, score_dynamics
 from artifact_guard.nodes.asced import published as rule
 from artifact_guard.nodes.asced.estimate import Estimate
 from artifact_guard.nodes.asced.options import AscedOptions
@@ -60,6 +60,7 @@ def starts_of(work):
         mock.patch.object(dispatch, "obstacle", lambda tensors, dtypes, unfit: unfit and unfit(tensors)),
         mock.patch.object(dispatch.importlib, "import_module", lambda *_: forms),
         mock.patch.object(robust_threshold, "NUMPY_DEVICES", ()), mock.patch.object(rule, "ONE_BY_ONE", ()),
+        mock.patch.object(score_dynamics, "PRODUCT_DEVICES", ()),
         torch.inference_mode(), starts,
     ):
         result = work()

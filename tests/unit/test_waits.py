@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from artifact_guard.kernels import robust_threshold
+from artifact_guard.kernels import robust_threshold, score_dynamics
 from artifact_guard.kernels.score_dynamics import gaussian_weights
 from artifact_guard.nodes.asced import guard as guard_module
 from artifact_guard.nodes.asced.watch import Watch
@@ -84,6 +84,7 @@ def test_quiet_run_waits_once(detector, monkeypatch):
     Medians as on a device: on the CPU numpy makes them.
     """
     monkeypatch.setattr(robust_threshold, "NUMPY_DEVICES", ())
+    monkeypatch.setattr(score_dynamics, "PRODUCT_DEVICES", ())
     gaussian_weights(1.0)  # the weights of the blur are made once a process, on the CPU
     sensitivity = 0.01 if detector != "score dynamics" else 1.0
     guarded, report = guard(exact_model(images()), options={"detector": detector}, sensitivity=sensitivity)
