@@ -67,13 +67,17 @@ def blurred_by_shifts(x: torch.Tensor, sigma: float) -> torch.Tensor:
 def blurred_by_bands(x: torch.Tensor, sigma: float) -> torch.Tensor:
     """The blur as products with the bands of a matrix: an image is read twice instead of once for every weight.
 
-    Where something is no number, and as far from it as the blur reaches, the result is NaN, as of the sums; 0 * NaN would
-    spread over a whole band.
+    As far as the blur reaches from what is not finite the result is that of the sums: 0 * NaN would spread over a whole band.
     """
-    if not math.isfinite(x.sum()):
-        lost = ~x.isfinite()
-        blurred = blurred_by_bands(x.masked_fill(lost, 0.0), sigma)
-        return blurred.masked_fill(dilate_square(lost.flatten(0, 1), blur_radius(sigma)).view(x.shape), torch.nan)
+    if math.isfinite(x.sum()):
+        return _products(x, sigma)
+    lost = ~x.isfinite()
+    reached = dilate_square(lost.flatten(0, 1), blur_radius(sigma)).view(x.shape)
+    return torch.where(reached, blurred_by_shifts(x, sigma), _products(x.masked_fill(lost, 0.0), sigma))
+
+
+def _products(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Of finite x."""
     frames = x.contiguous().flatten(0, 1)
     frames = torch.cat([band.T @ frames[:, entries] for entries, band in blur_bands(x.shape[-2], sigma)], dim=1)
     rows = frames.flatten(0, 1)

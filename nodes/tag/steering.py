@@ -67,7 +67,7 @@ class Steering:
         """
         asked, asked_at = u, level
         if self.settings.ask_at == "sample's level" and self.may_ask_elsewhere and before is not None:
-            surplus, kept = before[-2:]
+            surplus, kept = before.surplus, before.kept
             if self.settings.strength < 1:
                 surplus, kept = self.settings.strength * surplus, kept.pow(self.settings.strength)
             asked_at, factor = level_of(level, surplus, kept)

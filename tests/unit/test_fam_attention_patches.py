@@ -6,7 +6,7 @@ from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
 
-from tests.small_models import sample, small_model
+from tests.small_models import not_in_this_release, sample, small_model
 from tests.unit.attention_support import STRENGTH, Spy, close, patch, square, watched
 
 
@@ -88,7 +88,7 @@ def test_blocks(family, blocks, calls):
         patch(small, square(), blocks=blocks)
     except ValueError as error:
         assert family == "cosmos_predict2" and "does not tell which" in str(error)
-        pytest.skip("this ComfyUI does not tell which block of Cosmos Predict 2 is running")
+        not_in_this_release("does not tell which block of Cosmos Predict 2 is running")
     bare, marked = (watched(small, m, settings={"blocks": blocks}) for m in (None, torch.ones(1, *small.size)))
     changed = [i for i, (b, m) in enumerate(zip(bare.keys, marked.keys)) if not torch.equal(b, m)]
     assert changed

@@ -37,13 +37,22 @@ def test_blur_is_scipys(size, sigma):
         np.testing.assert_allclose(blur(x, sigma).numpy(), wanted, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("at", [(20, 20), (0, 39)])
-def test_what_is_no_number_spreads_as_far_as_the_blur_and_changes_nothing_else(at):
+def test_what_is_not_finite_spreads_as_far_as_the_blur_and_changes_nothing_else(at, value):
     x = normal(2, 2, 40, 40)
     whole = gaussian_blur(x, 1.0)
-    x[(0, 0, *at)] = torch.nan
-    blurred, wanted = gaussian_blur(x, 1.0), blurred_by_shifts(x, 1.0).isnan()
-    assert torch.equal(blurred.isnan(), wanted) and wanted.any() and torch.equal(blurred[~wanted], whole[~wanted])
+    x[(0, 0, *at)] = value
+    blurred, sums = gaussian_blur(x, 1.0), blurred_by_shifts(x, 1.0)
+    lost = ~sums.isfinite()
+    assert lost.any() and torch.equal(blurred[~lost], whole[~lost])
+    torch.testing.assert_close(blurred[lost], sums[lost], rtol=0, atol=0, equal_nan=True)
+
+
+def test_sums_that_overflow_are_no_trouble():
+    """All values finite, their sum is not."""
+    x = torch.full((1, 2, 20, 20), 1e37)
+    torch.testing.assert_close(gaussian_blur(x, 1.0), x, rtol=1e-5, atol=0)
 
 
 def test_blur_of_zero_width_changes_nothing():
