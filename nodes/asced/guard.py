@@ -100,7 +100,7 @@ class GuardedRun:
             if restart.denoised is not None:
                 known = Answer(x, remaining[0], restart.denoised)
             first_step = len(sigmas) - len(remaining)
-            extra_args = {**original, "model_options": _cloned_options(original)}
+            extra_args = {**original, "model_options": _without_cached_answers(_cloned_options(original), self.model_sampling)}
             if original.get("seed") is not None:
                 step = len(self.schedule) - len(remaining)
                 extra_args["seed"] = (original["seed"] + SEED_STEP * (step + 1)) % 2**64
@@ -182,6 +182,15 @@ class GuardedRun:
 def _cloned_options(extra_args: dict) -> dict:
     """The run's model options as they were before the first leg: CFG++ samplers add their functions to them."""
     return comfy.model_patcher.create_model_options_clone(extra_args.get("model_options", {}))
+
+
+def _without_cached_answers(model_options: dict, model_sampling) -> dict:
+    """The options with an empty cache in place of what EasyCache or LazyCache holds: they answer from an earlier sample where the
+    new one differs little, and the noise of a repair would stay in the picture."""
+    options = model_options.get("transformer_options", {})
+    if "easycache" in options:
+        options["easycache"] = options["easycache"].clone().prepare_timesteps(model_sampling)
+    return model_options
 
 
 def reason_not_to_guard(sampler, model_sampling, sigmas: list[float], layout: FrameLayout | None) -> str | None:

@@ -2,7 +2,7 @@
 
 The hand-made rule of dynamics.py looks at one pixel at a time. But what a burst means depends on what is around it: in a
 clean run of an uneven picture much moves suddenly, and a spot that locked in before the rest shows by its edges alone.
-So the rule's two scores are here two of 21 maps (signals.py), and a network of 48,000 weights, fitted on
+So the rule's two scores are here two of 23 maps (signals.py), and a network of 48,000 weights, fitted on
 planted traps and clean runs by `python dev.py train-trap-net`, says where they add up to a trap. It sees no picture, no
 channel and no pixel of the latent: only ratios within one frame, on a grid of at most 32 cells along the shorter side.
 It was fitted on no trained network, so that the demo model tells what to expect of one that it does not know.
