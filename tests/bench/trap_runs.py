@@ -23,6 +23,7 @@ from ..exact.local import LocalDenoiser
 from ..exact.model import conditioning, exact_model, sample
 from ..exact.trap_families import one_per_sample
 from ..exact.truth import fell
+from ..exact.more_patterns import MORE_PATTERNS
 from ..exact.wide_traps import JUMP, wide_traps
 from ..harness.cache import cache_folder
 from .data import load_fashion_mnist
@@ -40,6 +41,8 @@ PARTIAL = 1000
 """From this number on runs start from a picture, or redraw a part of one (entries.py)."""
 HANDED = 1500
 """And from this one on they go on where another sampler left off."""
+FALLING = 2000
+"""Batches of exact denoisers from this number on are of pictures, begin from nothing, and have attractors of more patterns."""
 
 
 class Left(Exception):
@@ -113,7 +116,7 @@ def record(model, seed: int, sampling: dict, entry: Entry, **conds) -> dict:
 def entered(draw: random.Random, number: int, images: torch.Tensor, planted: list, bare, sampling: dict) -> tuple[Entry, list]:
     """How a batch begins, and its traps, moved into the window where it begins late. bare: the model without them."""
     empty = torch.zeros(BATCH, *images.shape[1:])
-    if number < PARTIAL:
+    if number < PARTIAL or number >= FALLING:
         return Entry(empty), planted
     if number < HANDED:
         entry = drawn_entry(draw, images, BATCH, number, planted)
@@ -150,6 +153,8 @@ class Pictures:
 def drawn_images(draw: random.Random, number: int, pictures: Pictures, name: str, count: int) -> tuple[torch.Tensor, float]:
     """Data of a batch and what a 1 of the [-1, 1] image is in them: the pictures, these mixed into channels, or latents."""
     kind = draw.choice(["pictures"] * 5 + ["mixed", "latents", "latents", "latents"])
+    if FALLING <= number < LOCAL:
+        kind = "pictures"
     if kind == "latents":
         noise = draw.choice([0.0, 0.0, 0.1, 0.3])
         images = pictures.some(name, number, count, 2 * SIZE)
@@ -173,6 +178,8 @@ def exact_run(number: int, pictures: Pictures, coarse: bool = False) -> dict:
     kind = draw.choice(["eps", "flow", "flow3"])
     what = draw.choice(["clean", "scripted", "attractor", "attractor"])
     count, more = draw.choice([400, 800, 1200, 1200, 1200]), {}
+    if number >= FALLING:
+        what = "attractor"
     if coarse:
         count, what = draw.choice([60, 120, 120, 300, 1200]), draw.choice(["clean", "clean", "scripted", "attractor"])
         if draw.random() < 0.3 and what == "scripted":
@@ -184,6 +191,7 @@ def exact_run(number: int, pictures: Pictures, coarse: bool = False) -> dict:
     planted, kinds = [], []
     if what != "clean":
         more = {"weight": weight} if what == "attractor" else more
+        more["patterns"] = MORE_PATTERNS if number >= FALLING else None
         wide = wide_traps(what, 2**20 + number, (SIZE, SIZE), BATCH, images.shape[1], unit, **more)
         planted, kinds = [w.trap for w in wide], [(w.shape, w.pattern) for w in wide]
     labels, conds = None, {}

@@ -50,20 +50,25 @@ class Draw:
         return torch.randn(shape, generator=self.random)
 
 
-def wide_traps(kind, seed, size, count, channels=3, unit=1.0, amplitude=None, weight=0.5) -> list[WideTrap]:
+def wide_traps(
+    kind, seed, size, count, channels=3, unit=1.0, amplitude=None, weight=0.5, patterns=None
+) -> list[WideTrap]:
     """`count` traps of `kind` (scripted or attractor), masks (1, H, W) and patterns (1, C, H, W), size = (H, W).
 
     unit: what a 1 of the [-1, 1] image is in these data, as for latents of variance 1 about 2. amplitude None draws one
-    for each trap; an attractor's garbage is a random colour plus amplitude times the pattern, clamped to the unit.
+    for each trap; an attractor's garbage is a random colour plus amplitude times the pattern, clamped to the unit. patterns: name ->
+    how it is drawn, PATTERNS if None.
     """
-    draw = Draw(seed)
-    return [_trap(draw, kind, size, channels, unit, amplitude or draw.log_uniform(*AMPLITUDES), weight) for _ in range(count)]
+    draw, patterns = Draw(seed), patterns or PATTERNS
+    return [
+        _trap(draw, kind, size, channels, unit, amplitude or draw.log_uniform(*AMPLITUDES), weight, patterns) for _ in range(count)
+    ]
 
 
-def _trap(draw, kind, size, channels, unit, amplitude, weight) -> WideTrap:
-    shape, pattern_name = draw.choice(SHAPES), draw.choice(PATTERNS)
+def _trap(draw, kind, size, channels, unit, amplitude, weight, patterns) -> WideTrap:
+    shape, pattern_name = draw.choice(SHAPES), draw.choice(patterns)
     mask = _mask(draw, SHAPES[shape], size)
-    pattern = PATTERNS[pattern_name](draw, channels, *size)[None]
+    pattern = patterns[pattern_name](draw, channels, *size)[None]
     pattern = unit * pattern / pattern[:, :, mask[0]].square().mean().sqrt().clamp_min(1e-3)
     if kind == "attractor":
         colour = unit * (torch.rand(1, channels, 1, 1, generator=draw.random) - 0.5)
@@ -147,15 +152,15 @@ SHAPES = {
 }
 
 
-def _colour(draw, channels):
+def colour(draw, channels):
     return draw.normal(channels, 1, 1)
 
 
-def _axes(height, width):
+def axes(height, width):
     return torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
 
 
-def _noise(draw, channels, height, width, sigma_y, sigma_x):
+def noise(draw, channels, height, width, sigma_y, sigma_x):
     """(C, H, W): Gaussian noise blurred by these many pixels."""
     x = draw.normal(channels, 1, height + 32, width + 32)
     for sigma, view in ((sigma_y, (1, 1, -1, 1)), (sigma_x, (1, 1, 1, -1))):
@@ -166,49 +171,49 @@ def _noise(draw, channels, height, width, sigma_y, sigma_x):
 
 def _smooth(draw, channels, height, width):
     sigma = draw.log_uniform(0.7, 4.0)
-    return _noise(draw, channels, height, width, sigma, sigma) + draw.uniform(0.0, 1.0) * _colour(draw, channels)
+    return noise(draw, channels, height, width, sigma, sigma) + draw.uniform(0.0, 1.0) * colour(draw, channels)
 
 
 def _smear(draw, channels, height, width):
     """Streaks along one axis."""
     long, short = draw.uniform(4.0, 8.0), draw.uniform(0.5, 1.2)
-    return _noise(draw, channels, height, width, *((long, short) if draw.uniform() < 0.5 else (short, long)))
+    return noise(draw, channels, height, width, *((long, short) if draw.uniform() < 0.5 else (short, long)))
 
 
 def _islands(draw, channels, height, width):
     sigma = draw.uniform(1.0, 3.0)
-    return _colour(draw, channels) * _noise(draw, 1, height, width, sigma, sigma).sign() + 0.5 * _colour(draw, channels)
+    return colour(draw, channels) * noise(draw, 1, height, width, sigma, sigma).sign() + 0.5 * colour(draw, channels)
 
 
 def _flat(draw, channels, height, width):
-    return _colour(draw, channels).expand(channels, height, width)
+    return colour(draw, channels).expand(channels, height, width)
 
 
 def _checker(draw, channels, height, width):
-    y, x = _axes(height, width)
+    y, x = axes(height, width)
     period = draw.choice(range(1, 5))
-    return _colour(draw, channels) * (1.0 - 2.0 * ((y // period + x // period) % 2))
+    return colour(draw, channels) * (1.0 - 2.0 * ((y // period + x // period) % 2))
 
 
 def _ramp(draw, channels, height, width):
-    y, x = _axes(height, width)
+    y, x = axes(height, width)
     turn = draw.uniform(0.0, 2.0 * math.pi)
     along = (math.cos(turn) * x + math.sin(turn) * y) / max(height, width)
-    return _colour(draw, channels) + draw.uniform(2.0, 6.0) * _colour(draw, channels) * along
+    return colour(draw, channels) + draw.uniform(2.0, 6.0) * colour(draw, channels) * along
 
 
 def _bump(draw, channels, height, width):
     """A spot that fades."""
-    y, x = _axes(height, width)
+    y, x = axes(height, width)
     radius = torch.hypot(y - draw.uniform(0, height), x - draw.uniform(0, width))
-    return _colour(draw, channels) * torch.exp(-0.5 * (radius / draw.uniform(2.0, 8.0)) ** 2) + 0.5 * _colour(draw, channels)
+    return colour(draw, channels) * torch.exp(-0.5 * (radius / draw.uniform(2.0, 8.0)) ** 2) + 0.5 * colour(draw, channels)
 
 
 def _dots(draw, channels, height, width):
-    y, x = _axes(height, width)
+    y, x = axes(height, width)
     period = draw.choice(range(3, 7))
     dots = ((y % period) < (period + 1) // 2) & ((x % period) < (period + 1) // 2)
-    return _colour(draw, channels) * dots + 0.3 * _colour(draw, channels)
+    return colour(draw, channels) * dots + 0.3 * colour(draw, channels)
 
 
 def _mosaic(draw, channels, height, width):
@@ -221,19 +226,19 @@ def _cells(draw, channels, height, width):
     """Voronoi cells of random points, each of one colour."""
     count = draw.choice(range(12, 80))
     places = torch.rand(count, 2, generator=draw.random) * torch.tensor([height, width])
-    y, x = _axes(height, width)
+    y, x = axes(height, width)
     nearest = torch.cdist(torch.stack([y, x], -1).reshape(-1, 2).float(), places).argmin(1)
     return draw.normal(channels, count)[:, nearest].reshape(channels, height, width)
 
 
 def _leaves(draw, channels, height, width):
     """Dead leaves, discs of all sizes one over the other: what photographs are like in their edges and even parts."""
-    y, x = _axes(height, width)
+    y, x = axes(height, width)
     picture = _flat(draw, channels, height, width).clone()
     for _ in range(150):
         radius = draw.log_uniform(1.0, 12.0)
         inside = torch.hypot(y - draw.uniform(0, height), x - draw.uniform(0, width)) < radius
-        picture = torch.where(inside, _colour(draw, channels), picture)
+        picture = torch.where(inside, colour(draw, channels), picture)
     return picture
 
 
@@ -243,13 +248,13 @@ def _pink(draw, channels, height, width):
     weight = (frequency + 0.5 / max(height, width)) ** -draw.uniform(0.7, 1.5)
     noise = draw.normal(1, height, width) + draw.uniform(0.0, 0.7) * draw.normal(channels, height, width)
     noise = torch.fft.ifft2(torch.fft.fft2(noise) * weight).real
-    return noise / noise.std() + 0.3 * _colour(draw, channels)
+    return noise / noise.std() + 0.3 * colour(draw, channels)
 
 
 def _specks(draw, channels, height, width):
     """Single pixels here and there."""
     struck = torch.rand(1, height, width, generator=draw.random) < draw.uniform(0.05, 0.3)
-    return struck * draw.normal(channels, height, width) + 0.3 * _colour(draw, channels)
+    return struck * draw.normal(channels, height, width) + 0.3 * colour(draw, channels)
 
 
 def _mixed(draw, channels, height, width):

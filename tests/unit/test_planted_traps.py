@@ -1,5 +1,6 @@
 """Planted traps do what their docstrings promise, and their truth functions judge rightly."""
 
+import functools
 from types import SimpleNamespace
 
 import comfy.samplers
@@ -9,6 +10,7 @@ import torch
 from tests.exact.denoiser import ExactDenoiser
 from tests.exact.images import shape_images
 from tests.exact.model import Trajectory, conditioning, exact_model, resume, sample
+from tests.exact.more_patterns import MORE_PATTERNS
 from tests.exact.trap_families import make_traps, one_per_sample
 from tests.exact.traps import AttractorTrap, ScriptedTrap, mixture_with_traps
 from tests.exact.truth import fell, region_log_likelihood, repaired
@@ -170,11 +172,13 @@ def test_families(images, kind):
     assert not any(torch.equal(p.pattern, q.pattern) for p, q in zip(made["develop"], made["held out"]))
 
 
+@pytest.mark.parametrize("patterns", [PATTERNS, MORE_PATTERNS], ids=["patterns", "more patterns"])
 @pytest.mark.parametrize("kind", ["scripted", "attractor"])
-def test_wide_traps(kind):
+def test_wide_traps(kind, patterns):
     """Of every shape and pattern, as large as asked for, in the data's own unit, and the same for the same seed."""
-    made = wide_traps(kind, 3, (24, 32), 300, channels=5, unit=2.0)
-    assert {trap.shape for trap in made} == set(SHAPES) and {trap.pattern for trap in made} == set(PATTERNS)
+    make = functools.partial(wide_traps, kind, size=(24, 32), channels=5, unit=2.0, patterns=patterns)
+    made = make(seed=3, count=300)
+    assert {trap.shape for trap in made} == set(SHAPES) and {trap.pattern for trap in made} == set(patterns)
     areas = torch.stack([trap.trap.mask for trap in made]).flatten(1).sum(1) / (24 * 32)
     assert 0.005 <= areas.min() < 0.015 and 0.1 < areas.max() <= 0.2  # pixels as near as the last belong to it too
     for trap in (t.trap for t in made):
@@ -183,7 +187,7 @@ def test_wide_traps(kind):
             assert trap.pattern[inside(trap.mask, trap.pattern)].square().mean().sqrt().item() == pytest.approx(2.0, abs=1e-4)
         else:
             assert trap.pattern.abs().max() <= 2.0 and trap.pattern.abs().max() > 0.05
-    again, other = (wide_traps(kind, seed, (24, 32), 2, channels=5, unit=2.0) for seed in (3, 4))
+    again, other = (make(seed=seed, count=2) for seed in (3, 4))
     assert torch.equal(again[1].trap.pattern, made[1].trap.pattern)
     assert not torch.equal(other[0].trap.pattern, made[0].trap.pattern)
 

@@ -182,11 +182,16 @@ def test_fit_learns_where_traps_lie():
     truth = torch.zeros(24, 16, 16, dtype=torch.bool)
     truth[:12, 4:9, 5:11] = True
     maps[:, 2] += 3.0 * truth
-    batch = {"maps": maps.half(), "truth": truth, "stood": truth, "what": "scripted", "set": "shapes"}
+    batch = {"maps": maps.half(), "truth": truth, "stood": truth, "what": "scripted", "set": "shapes", "new": False}
     weights = fit([batch], steps=120, width=8)
     assert set(weights) == set(trap_net(torch.device("cpu")))
-    logit = local_net(weights, maps)
-    assert ((logit > 0) == truth).float().mean() > 0.97
+
+    def right(weights):
+        return ((local_net(weights, maps) > 0) == truth).float().mean()
+
+    assert right(weights) > 0.97
+    more = fit([batch | {"new": True}], steps=3, rate=1e-4, start=weights)  # goes on, and leaves what it starts from as it is
+    assert right(more) > 0.97 and not torch.equal(more["out.weight"], weights["out.weight"]) and not weights["out.weight"].requires_grad
 
 
 def test_demo_model():
