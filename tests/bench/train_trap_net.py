@@ -160,14 +160,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=cache_folder() / "train-trap-net")
     parser.add_argument("--ship", action="store_true", help="replace the network that the pack ships with the result")
     arguments = parser.parse_args()
+    if arguments.start and not arguments.more:
+        parser.error("--start goes with --more")
 
     prepare_comfyui()
     pack = load_pack()
     from artifact_guard.nodes.asced import learned
     from tests.bench.detection import trained_network
 
-    if arguments.start and not arguments.more:
-        parser.error("--start goes with --more")
     start = time.process_time()
 
     def batches(exact, local, fallen=()):
