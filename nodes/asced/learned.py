@@ -3,7 +3,7 @@
 The hand-made rule of dynamics.py looks at one pixel at a time. But what a burst means depends on what is around it: in a
 clean run of an uneven picture much moves suddenly, and a spot that locked in before the rest shows by its edges alone.
 So the rule's two scores are here two of 23 maps (signals.py), and a network of 48,000 weights, fitted on
-planted traps and clean runs by `python dev.py train-trap-net`, says where they add up to a trap. It sees no picture, no
+planted traps and clean runs by `python dev.py train-trap-net --more`, says where they add up to a trap. It sees no picture, no
 channel and no pixel of the latent: only ratios within one frame, on a grid of at most 32 cells along the shorter side.
 It was fitted on no trained network, so that the demo model tells what to expect of one that it does not know.
 
@@ -30,9 +30,9 @@ from .signals import LATE, Signals
 WEIGHTS = Path(__file__).with_name("trap_net.safetensors")
 
 LIMIT, EXTENT = 2.5, -2.0
-"""Logits: a region has to reach the first somewhere, and goes as far as the second. After the first fit, of 2,560 clean pictures of the demo
-model, which the fit did not know, 34 were flagged with a limit of -0.5, 6 with 1.5 and 2 with 2.5; of traps in it 91, 89 and 88 % were seen. Of 113
-traps of wide_traps.py that runs fell into 102 were repaired with 1.5 and with 3, 100 with 4.5."""
+"""Logits: a region has to reach the first somewhere, and goes as far as the second. After the first fit, of 2,560 clean pictures of
+the demo model, which the fit did not know, 34 were flagged with a limit of -0.5, 6 with 1.5 and 2 with 2.5; of traps in it 91, 89 and
+88 % were seen. Of 113 traps of wide_traps.py that runs fell into 102 were repaired with 1.5 and with 3, 100 with 4.5."""
 
 CAUTION, MANY_CHANGES = 2.0, 5
 """Added to both where fewer changes than that were seen: there clean runs of few pictures look abrupt. With an earlier
