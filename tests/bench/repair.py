@@ -7,9 +7,13 @@ replace what it finds by the truth where the run fell, which shows the repair by
 
 Also: RMS distance to the run without a trap inside and outside the traps; the step across the border of what was
 renoised in units of that in the clean run; diversity, the mean distance between the samples of a batch in units of the
-unguarded runs'; and how far results with other noise seeds differ inside the repaired masks.
+unguarded runs' (beside it that of the runs without traps, which a perfect repair would reach); and how far sound results
+with other noise seeds differ inside the repaired masks: a correction that repairs some seeds only differs more, by its
+failures.
 """
 
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +30,7 @@ SEEDS = range(8)
 GAMMAS = (0.0, 10.0)
 PARAMETERIZATIONS = ("eps", "flow")
 NOISE_SEEDS = 4
+DIVERSITY_SEEDS = 2
 CLEAN_RUNS = 8
 
 
@@ -126,19 +131,20 @@ def guarded(pack, batch: Batch, settings, seed: int, true_masks: bool):
         return guarded_run(pack, batch.model, settings, seed)
 
 
-def noise_diversity(pack, batch: Batch, settings, seed: int) -> float:
-    """RMS difference inside the repaired masks between results with other noise seeds, over the samples that fell."""
-    from dataclasses import replace
-
-    results, masks = [], []
+def between_noise_seeds(pack, batch: Batch, settings, seed: int) -> list[float]:
+    """Mean square differences inside the repaired masks between results with two noise seeds, both sound, of what fell."""
+    results = []
     for noise_seed in range(NOISE_SEEDS):
         other = replace(settings, options=replace(settings.options, noise_seed=noise_seed))
         run = guarded(pack, batch, other, seed, True)
-        results.append(run.result)
-        masks.append(run.record.repaired)
-    inside = masks[0][:, None] & batch.fallen[:, None, None, None]
-    deviation = torch.stack(results).var(dim=0) * inside
-    return (deviation.sum() / inside.expand_as(deviation).sum().clamp(min=1)).sqrt().item()
+        good = batch.sound(run.result) & batch.fallen & run.record.repaired.flatten(1).any(1)
+        results.append((run.result, good, run.record.repaired))
+    differences = []
+    for (one, sound, mask), (other, other_sound, _) in combinations(results, 2):
+        square = (one - other).square().mean(dim=1) * mask
+        both = sound & other_sound
+        differences += (square.flatten(1).sum(1) / mask.flatten(1).sum(1))[both].tolist()
+    return differences
 
 
 def run(pack, output: Path, data: Path | None, cifar: Path | None = None) -> dict:
@@ -147,6 +153,7 @@ def run(pack, output: Path, data: Path | None, cifar: Path | None = None) -> dic
     figures, total = {}, {}
     found = fallen = 0
     diversity: dict = {}
+    without_traps = []
     for data_name, images in data_sets(data, cifar).items():
         denoiser = ExactDenoiser(images, 0.05)
         for parameterization in PARAMETERIZATIONS:
@@ -162,14 +169,18 @@ def run(pack, output: Path, data: Path | None, cifar: Path | None = None) -> dic
                     result = guarded(pack, batch, settings, seed, true_masks)
                     for book in (tallies, total):
                         book.setdefault(name, Tally()).add(batch, result, border_jump)
-                if seed == SEEDS[0]:
+                without_traps.append(spread(batch.clean) / spread(batch.unguarded))
+                if seed < DIVERSITY_SEEDS:
                     for correction in ("surroundings", "state replacement"):
                         settings, _ = cases(pack)[f"{correction}, true masks"]
-                        diversity.setdefault(correction, []).append(noise_diversity(pack, batch, settings, seed))
+                        diversity.setdefault(correction, []).extend(between_noise_seeds(pack, batch, settings, seed))
             figures[f"{data_name}, {parameterization}"] = {name: tally.figures() for name, tally in tallies.items()}
             print(f"{data_name}, {parameterization}: {tallies['default'].figures()}", flush=True)
     return figures | {
         "all": {name: tally.figures() for name, tally in total.items()},
         "found": {"of_the_fallen": round(found / max(1, fallen), 3), "fallen": fallen, "batch": BATCH},
-        "difference_between_noise_seeds": {name: round(sum(v) / len(v), 3) for name, v in diversity.items()},
+        "diversity_without_traps": round(sum(without_traps) / len(without_traps), 3),
+        "difference_between_noise_seeds": {
+            name: {"rms": round((sum(v) / len(v)) ** 0.5, 4), "pairs": len(v)} for name, v in diversity.items()
+        },
     }
