@@ -10,19 +10,18 @@ if "--gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # a wor
     # ComfyUI and all models of the tests on the GPU. Without it they are on the CPU, whatever there is.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# On a shared machine more threads than processors that are free wait for each other by spinning: the demo model's training took
+# four times as long with two threads beside other programs. Servers that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
 from tests.harness.pack import ROOT, load_pack, prepare_comfyui
 from tests.harness.server import ComfyServer
 
-# More threads than this only get in each other's way on the small tensors tests use, and beside a server's own.
-MAX_THREADS = 4
-
 # A plain kill ends the session as Ctrl-C does, so that servers are stopped on the way out.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-torch.set_num_threads(min(MAX_THREADS, torch.get_num_threads()))
 
 # What a test makes ComfyUI write lands here, not beside ComfyUI's source. Removed with the process.
 _base_directory = tempfile.TemporaryDirectory(prefix="artifact-guard-tests-", ignore_cleanup_errors=True)

@@ -127,8 +127,9 @@ class FlawAwareTraining:
     @torch.no_grad()
     def sample(self, seed: int) -> FlawBatch:
         """A judged batch from the averaged weights, without any map acting."""
-        dtype, device = self.settings.dtype, self.model.load_device.type
-        with self.average.standing_in(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        device = self.model.load_device
+        dtype = self.settings.dtype_on(device)
+        with self.average.standing_in(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             samples = self.sampling.samples(self.model, seed)
         return self.sampling.judge_samples(samples)
 
@@ -140,8 +141,8 @@ class FlawAwareTraining:
         if flaw_map is not None and self.attention.strength:
             model = patch_attention(model, flaw_map, self.attention)
         steps = TrainSteps(
-            self.data, lambda step: step_seed(settings.seed, step), settings.batch_size, settings.dtype, first, end,
-            update, flaw_map, self.noise_strength,
+            self.data, lambda step: step_seed(settings.seed, step), settings.batch_size,
+            settings.dtype_on(model.load_device), first, end, update, flaw_map, self.noise_strength,
         )
         guider = TrainGuider(model)
         guider.set_conds([entry for condition in self.data.conditions for entry in condition])

@@ -88,7 +88,7 @@ class FAMTrainLoRA(io.ComfyNode):
                                "distilled models."),
                 io.Combo.Input("training_dtype", options=list(DTYPES), default=defaults.training_dtype, optional=True,
                                advanced=True, tooltip="Precision of the calculation. bf16 takes half the memory; the LoRA "
-                               "itself is kept in fp32 either way."),
+                               "itself is kept in fp32 either way. A processor without bf16 calculates in fp32."),
                 io.Boolean.Input("gradient_checkpointing", default=defaults.gradient_checkpointing, optional=True, advanced=True,
                                  tooltip="On: much less memory, about a third slower."),
                 io.Int.Input("save_every", default=SAVE_EVERY, min=0, max=100000, optional=True, advanced=True, tooltip="Steps after "
@@ -145,7 +145,7 @@ def learn(
     """Train on a copy of the model; what the node gives: LORA_MODEL, IMAGE of the curves, MASK."""
     copy = training_copy(model)
     copy.model.requires_grad_(False)
-    copy.set_model_compute_dtype(settings.dtype)
+    copy.set_model_compute_dtype(settings.dtype_on(copy.load_device))
     with LoRAWeights(copy, rank, settings.seed).attached() as weights:
         training = FlawAwareTraining(copy, weights.parameters, data, sampling, settings)
         session = Session(training, RunFile(rank), save_every, node_id)

@@ -13,7 +13,7 @@ from server import PromptServer
 from .flaw_aware import FlawAwareTraining, Watcher
 from .flaw_batch import FlawBatch
 from .lora_pictures import preview
-from .lora_settings import step_seed
+from .lora_settings import DTYPES, step_seed
 from .lora_state import RunFile
 
 PREVIEW_SECONDS = 2.0
@@ -58,8 +58,14 @@ class Cost:
         return (
             f"{steps} steps of about {self.step:.2g} s and {maps} maps of about {self.map:.2g} s: about "
             f"{in_words(steps * self.step + maps * self.map)}. {values / 1e6:.2g} million values are trained. Memory in use: "
-            f"{self.memory / GIGABYTE:.1f} of {self.memory_total / GIGABYTE:.1f} GB."
+            f"{self.memory / GIGABYTE:.1f} of {self.memory_total / GIGABYTE:.1f} GB." + self.precision(training)
         )
+
+    @staticmethod
+    def precision(training: FlawAwareTraining) -> str:
+        """Said where the calculation is not in what was asked for."""
+        asked, dtype = training.settings.training_dtype, training.settings.dtype_on(training.model.load_device)
+        return "" if dtype == DTYPES[asked] else f" This processor has no arithmetic for {asked}: fp32 instead, which is faster here."
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -52,9 +52,18 @@ class FlawAwareSettings:
     def phases(self) -> Phases:
         return Phases.of(self.steps, self.base_fraction, self.map_every)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.training_dtype]
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """What is calculated in: `training_dtype`, but float32 where the device has no arithmetic for bfloat16."""
+        return torch.float32 if emulates_bfloat16(device) else DTYPES[self.training_dtype]
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is made of float32 there: on processors without AVX-512 or SVE.
+
+    Measured on a Zen 3, one thread: a convolution of 64 channels, 4 x 32 x 32, 341 ms instead of 8, a linear layer 23
+    instead of 4.
+    """
+    return device.type == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
 
 
 def step_seed(seed: int, step: int) -> int:

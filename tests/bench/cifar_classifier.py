@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from .training_runs import quick_autocast
+
 EPOCHS, BATCH, PEAK_RATE, WEIGHT_DECAY, SMOOTHING = 16, 512, 0.005, 0.05, 0.1
 BORDER = 4
 """Pixels by which crops move."""
@@ -75,7 +77,7 @@ def trained_cifar_classifier(
     for _ in tqdm(range(steps), desc="classifier", mininterval=5):
         chosen = torch.randint(len(images), (batch,), generator=random, device=device)
         given = moved(images[chosen], random).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with quick_autocast(device):
             told = model(given)
         loss = F.cross_entropy(told.float(), labels[chosen], label_smoothing=SMOOTHING)
         optimizer.zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .flaw_aware_demo import BETAS, LABEL_DROPOUT, trainable_demo
+from .training_runs import quick_dtype
 
 WEIGHT_DECAY, LARGEST_GRADIENT = 0.01, 1.0
 GRIDS = (16, 8)
@@ -32,7 +33,7 @@ class FastDemo:
 
     def __init__(self, demo_model, images: torch.Tensor, labels: torch.Tensor, batch: int, graph: bool = True):
         model = trainable_demo(demo_model)
-        self.device, self.batch, self.dtype = model.load_device, batch, torch.bfloat16
+        self.device, self.batch, self.dtype = model.load_device, batch, quick_dtype(model.load_device)
         self.network = model.model.diffusion_model.requires_grad_(True)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
         self.sampling = model.model.model_sampling

@@ -13,6 +13,7 @@ import torch
 from .data import load_fashion_mnist
 from .fam_flaws import as_image
 from .train_highlighter import write
+from .training_runs import quick_dtype
 
 SAMPLING_STEPS, CFG, SCHEDULER = 10, 1.0, "normal"
 """Of the maps' batches, the highlighter's training images and the samples that are judged alike: ten Euler steps show
@@ -81,10 +82,11 @@ def sample_demo(demo_model, model, count: int, seed: int) -> torch.Tensor:
 
     tokens = torch.cat([demo_model.class_token(index % len(demo_model.LABELS)) for index in range(count)])
     nothing, parts = [[demo_model.class_token(None), {}]], []
+    dtype = quick_dtype(model.load_device)
     for number, part in enumerate(tokens.split(50)):
         latent = torch.zeros(len(part), 3, 32, 32)
         noise = comfy.sample.prepare_noise(latent, seed * 1000 + number)
-        with torch.autocast("cpu", torch.bfloat16, enabled=model.load_device.type == "cpu"):
+        with torch.autocast("cpu", dtype, enabled=model.load_device.type == "cpu" and dtype != torch.float32):
             parts.append(comfy.sample.sample(
                 model, noise, SAMPLING_STEPS, CFG, "euler", SCHEDULER, [[part, {}]], nothing, latent, disable_pbar=True, seed=0
             ).float().cpu())

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from tests.bench.data import load_fashion_mnist
-from tests.bench.training_runs import Plan, load_checkpoint, save_checkpoint
+from tests.bench.training_runs import Plan, load_checkpoint, quick_autocast, save_checkpoint
 
 BATCH = 64
 LEARNING_RATE = 1e-3
@@ -98,7 +98,7 @@ def step_loss(network, alphas_cumprod, images, labels, contexts, generator, batc
     abar = alphas_cumprod[timesteps.to(device)].view(-1, 1, 1, 1)
     u = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
     v = abar.sqrt() * eps - (1 - abar).sqrt() * x0
-    with torch.autocast(device.type, torch.bfloat16):
+    with quick_autocast(device):
         predicted = network(u, timesteps.to(device), context=token.to(device))
     return F.mse_loss(predicted.float(), v)
 

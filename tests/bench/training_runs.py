@@ -16,6 +16,18 @@ SPARE = 0.96
 """Share of the given time that is planned; the rest is for slower steps and the last checkpoint."""
 
 
+def quick_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, or float32 where the device has no arithmetic for it."""
+    from artifact_guard.nodes.fam.lora_settings import emulates_bfloat16
+
+    return torch.float32 if emulates_bfloat16(device) else torch.bfloat16
+
+
+def quick_autocast(device: torch.device) -> torch.autocast:
+    dtype = quick_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 class Plan:
     """How many steps a run has: a number that was given, or as many as fit into the minutes that were.
 

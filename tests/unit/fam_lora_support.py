@@ -76,7 +76,7 @@ def start(small, setting, model=None, rank=3, prompts=2):
         sampling = FlawSampling(ToyVAE(), rough_highlighter(), data.conditions, small.conditioning(9), shape, 2, 2, 1.0)
         copy = training_copy(model or small.model)
         copy.model.requires_grad_(False)
-        copy.set_model_compute_dtype(setting.dtype)
+        copy.set_model_compute_dtype(setting.dtype_on(copy.load_device))
         weights = LoRAWeights(copy, rank, setting.seed)
         return FlawAwareTraining(copy, weights.parameters, data, sampling, setting), weights
 

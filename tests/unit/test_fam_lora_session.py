@@ -16,7 +16,7 @@ from artifact_guard.nodes.model_files import KIND_KEY, save_model_file
 from safetensors import safe_open
 
 from tests.small_models import small_model
-from tests.unit.fam_lora_support import equal
+from tests.unit.fam_lora_support import equal, settings, start
 from tests.unit.test_fam_lora_models import train
 
 pytestmark = pytest.mark.usefixtures("repeatable")
@@ -231,3 +231,15 @@ def test_an_empty_prompt_is_cores():
     ((tokens, more),) = lora_schema.zeroed([small.conditioning(1)])
     ((wanted, others),) = ConditioningZeroOut().zero_out(small.conditioning(1))[0]
     assert torch.equal(tokens, wanted) and torch.equal(more["pooled_output"], others["pooled_output"])
+
+
+@pytest.mark.parametrize(("capability", "emulated"), [("AVX2", True), ("DEFAULT", True), ("AVX512", False), ("SVE256", False)])
+def test_processors_without_bfloat16_calculate_in_float32(small, files, monkeypatch, capability, emulated):
+    """And that is said: emulated it takes many times as long."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    setting = settings(training_dtype="bf16")
+    assert setting.dtype_on(torch.device("cpu")) == (torch.float32 if emulated else torch.bfloat16)
+    assert setting.dtype_on(torch.device("cuda")) == torch.bfloat16
+    training, _ = start(small, setting)
+    assert ("no arithmetic for bf16" in lora_session.measure_cost(training).words(training)) == emulated
+    assert "no arithmetic" not in lora_session.Cost.precision(start(small, settings(training_dtype="fp32"))[0])
