@@ -95,6 +95,19 @@ def test_quickstart_makes_all_pictures(quickstart_run, quickstart):
     assert summary["model_calls"] == summary["window"]["steps"] + summary["restarts"]
 
 
+def test_settings_and_verdicts_are_in_the_saved_picture(comfy_server, quickstart):
+    """Written by the report, which runs before the picture is decoded where it is not given the picture."""
+    report = find(quickstart, "ASCEDReport")
+    inputs = {name: value for name, value in quickstart[report]["inputs"].items() if name != "image"}
+    prompt = quickstart | {report: quickstart[report] | {"inputs": inputs}}
+    prompt = upstream(prompt, save_node(prompt, WITH)) | upstream(prompt, find(prompt, "PreviewAny"))
+    entry = comfy_server.wait(comfy_server.queue(prompt, extra_data={"extra_pnginfo": {}}), 600)
+    for picture in pictures(comfy_server, prompt, entry, WITH):
+        (run,) = json.loads(Image.open(io.BytesIO(picture)).info["artifact_guard"])
+        assert run["status"] == "guarded" and run["settings"]["sensitivity"] == prompt[find(prompt, "ASCEDGuard")]["inputs"]["sensitivity"]
+        assert [image["verdict"] for image in run["images"]] == [image["verdict"] for image in report_summary(prompt, entry)["images"]]
+
+
 def largest_region(image: dict) -> float:
     return max((region["area"] for region in image["regions"]), default=0.0)
 

@@ -1,5 +1,7 @@
 """The guard on small models of the real architectures: image and video, every sampler, schedule, size and dtype."""
 
+import importlib.util
+import inspect
 import math
 
 import comfy.samplers
@@ -7,12 +9,14 @@ import pytest
 import torch
 from artifact_guard.nodes.asced.guard import guard_model
 from artifact_guard.nodes.asced.options import GuardSettings
+from comfy_api.latest import io
+from comfy_extras import nodes_custom_sampler as custom
 
 from tests.exact.images import shape_images
 from tests.exact.model import exact_model
 from tests.exact.model import sample as sample_exact
 from tests.small_models import sample, small_model
-from tests.unit.trapped_models import SQUARE, STEPS, TRAP_AT, guarded_run, trapped
+from tests.unit.trapped_models import EVERYTHING, SQUARE, STEPS, TRAP_AT, guarded_run, trapped
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux", "wan", "qwen_image", "lumina2")
 
@@ -52,6 +56,36 @@ def test_every_sampler_of_core(sampler):
     unguarded = sampler in ("lcm_upscale", "ar_video")
     assert record.restarts == (0 if record.reason else 1), record.reason
     assert bool(record.reason) <= unguarded, record.reason
+
+
+def sampler_nodes() -> list:
+    """Core's nodes that give a SAMPLER, but for the one that picks it by name, as the test above does, and that of causal
+    videos, which takes no other models."""
+    found = []
+    for name in ("custom_sampler", "advanced_samplers", "ar_video", "void"):
+        if importlib.util.find_spec(f"comfy_extras.nodes_{name}"):
+            module = importlib.import_module(f"comfy_extras.nodes_{name}")
+            nodes = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, io.ComfyNode) and x is not io.ComfyNode]
+            found += [node for node in nodes if [x.io_type for x in node.GET_SCHEMA().outputs] == ["SAMPLER"]]
+    return [node for node in found if node.__name__ not in ("KSamplerSelect", "SamplerARVideo")]
+
+
+@pytest.mark.parametrize("node", sampler_nodes(), ids=lambda node: node.__name__)
+def test_every_sampler_node_of_core(node):
+    """As above, for the SAMPLER that each node makes with its defaults, under SamplerCustom."""
+    small = small_model("sd15")
+    model = trapped(small.model, amplitude=20.0)
+    given = {x.id: x.options[0] if x.io_type == "COMBO" else getattr(x, "default", model) for x in node.GET_SCHEMA().inputs}
+    guarded, report = guard_model(model, GuardSettings(options=EVERYTHING))
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
+    with torch.inference_mode():
+        output = custom.SamplerCustom.execute(
+            guarded, True, 3, 4.0, small.conditioning(1), small.conditioning(2), node.execute(**given)[0], sigmas, small.latent()
+        )[0]
+    record = report.find(output)
+    assert torch.isfinite(output["samples"]).all()
+    assert record.restarts == (0 if record.reason else 1), record.reason
+    assert bool(record.reason) <= (node.__name__ in ("SamplerLCMUpscale", "VOIDSampler")), record.reason
 
 
 @pytest.mark.parametrize("scheduler", comfy.samplers.KSampler.SCHEDULERS)
