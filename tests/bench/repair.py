@@ -9,7 +9,8 @@ Also: RMS distance to the run without a trap inside and outside the traps; the s
 renoised in units of that in the clean run; diversity, the mean distance between the samples of a batch in units of the
 unguarded runs' (beside it that of the runs without traps, which a perfect repair would reach); and how far sound results
 with other noise seeds differ inside the repaired masks: a correction that repairs some seeds only differs more, by its
-failures.
+failures. And, on the same samples and true masks, what a region is renoised from: what surrounds it, the latest estimate,
+the one from before the window, the one from before the region's own onset.
 """
 
 from dataclasses import replace
@@ -96,8 +97,8 @@ class Batch:
         look = pack.nodes.asced.options.GuardSettings(mode="detect only")
         traps, self.truth = trapped_batch("attractor", "held out", seed, images, weight=TRAP_WEIGHT)
         self.model = exact_model(images, parameterization, traps=traps)
-        unguarded = guarded_run(pack, self.model, look, seed)
-        self.unguarded, self.seen = unguarded.result, unguarded.record.regions
+        self.watched = guarded_run(pack, self.model, look, seed)
+        self.unguarded, self.seen = self.watched.result, self.watched.record.regions
         self.clean = guarded_run(pack, exact_model(images, parameterization), look, seed).result
         self.denoiser = denoiser
         self.floors = clean_floors(denoiser, clean_runs, self.truth)
@@ -147,13 +148,40 @@ def between_noise_seeds(pack, batch: Batch, settings, seed: int) -> list[float]:
     return differences
 
 
+def before_onset(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each sample the clean estimate of the step before its trap's onset, and which fallen samples have an onset."""
+    record = batch.watched.record
+    onsets = (record.onset * batch.truth).flatten(1).amax(dim=1).tolist()
+    steps = [sum(ratio > onset * (1 + 1e-4) for ratio in record.ratios) for onset in onsets]
+    x0 = torch.stack([batch.watched.estimates[max(0, step - 1)][sample] for sample, step in enumerate(steps)])
+    return x0, batch.fallen & (torch.tensor(onsets) > 0)
+
+
+def by_source(pack, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
+    """Which of the fallen samples that have an onset are repaired, by what they are renoised from; true masks."""
+    corrector, watch = pack.nodes.asced.corrector, pack.nodes.asced.watch
+    x0, known = before_onset(batch)
+
+    def from_before_onset(now, before, mask, noise_seed):
+        return corrector.state_replacement(now, x0.to(now.x.device), mask, noise_seed)
+
+    def repaired(name: str) -> torch.Tensor:
+        return batch.sound(guarded(pack, batch, cases(pack)[f"{name}, true masks"][0], seed, True).result) & known
+
+    told = {name: repaired(name) for name in ("surroundings", "state replacement", "targeted, strength 0")}
+    with mock.patch.object(watch, "state_replacement", from_before_onset):
+        told["before its onset"] = repaired("state replacement")
+    told["before its onset, and not by surroundings"] = told["before its onset"] & ~told["surroundings"]
+    return told | {"of": known}
+
+
 def run(pack, output: Path, data: Path | None, cifar: Path | None = None) -> dict:
     border_jump = pack.kernels.seams.border_jump
     look = pack.nodes.asced.options.GuardSettings(mode="detect only")
     figures, total = {}, {}
     found = fallen = 0
     diversity: dict = {}
-    without_traps = []
+    without_traps, sources = [], {}
     for data_name, images in data_sets(data, cifar).items():
         denoiser = ExactDenoiser(images, 0.05)
         for parameterization in PARAMETERIZATIONS:
@@ -171,6 +199,8 @@ def run(pack, output: Path, data: Path | None, cifar: Path | None = None) -> dic
                         book.setdefault(name, Tally()).add(batch, result, border_jump)
                 without_traps.append(spread(batch.clean) / spread(batch.unguarded))
                 if seed < DIVERSITY_SEEDS:
+                    for name, which in by_source(pack, batch, seed).items():
+                        sources[name] = sources.get(name, 0) + int(which.sum())
                     for correction in ("surroundings", "state replacement"):
                         settings, _ = cases(pack)[f"{correction}, true masks"]
                         diversity.setdefault(correction, []).extend(between_noise_seeds(pack, batch, settings, seed))
@@ -179,6 +209,7 @@ def run(pack, output: Path, data: Path | None, cifar: Path | None = None) -> dic
     return figures | {
         "all": {name: tally.figures() for name, tally in total.items()},
         "found": {"of_the_fallen": round(found / max(1, fallen), 3), "fallen": fallen, "batch": BATCH},
+        "repaired_by_source": sources,
         "diversity_without_traps": round(sum(without_traps) / len(without_traps), 3),
         "difference_between_noise_seeds": {
             name: {"rms": round((sum(v) / len(v)) ** 0.5, 4), "pairs": len(v)} for name, v in diversity.items()
