@@ -23,6 +23,7 @@ BENCHMARKS = {
     "detection": ("detection", "Q1: detection of planted traps on the exact denoiser"),
     "detection_partial": ("detection_partial", "Q1 in image to image, inpainting, and where another sampler left off"),
     "repair": ("repair", "Q2: repair of attractor traps on the exact denoiser"),
+    "repair_demo": ("repair_demo", "Q2 on the demo model: how freely a region is drawn again"),
     "tag": ("tag", "Q3 and P4: temporal alignment guidance on the exact denoiser, the toy and the demo model, and its cost"),
     "tag_demo": ("tag_demo", "of it the demo model alone"),
     "tag_toy": ("tag_toy", "of it the toy alone"),
