@@ -60,8 +60,10 @@ def test(environment: Environment, options: argparse.Namespace) -> int:
             raise EnvironmentFailed(f"this Python lacks packages the tests need. To install them:\n    {advice}")
         print(f"Tests that need them are skipped: {' '.join(missing)}. To install them:\n    {advice}", flush=True)
     gpu = ["--gpu"] if options.gpu else []
+    # One worker a processor, each with one thread; -n 0 after -- asks for none, as a debugger does by itself.
+    workers = ["-n", "logical", "--maxprocesses", "4", "--dist", "worksteal"]
     # Named, because pytest would take tests/ for the root: see tests/conftest.py.
-    command = ["-m", "pytest", "-c", ROOT / "tests" / "pytest.ini", "--rootdir", ROOT, *gpu, *options.rest]
+    command = ["-m", "pytest", "-c", ROOT / "tests" / "pytest.ini", "--rootdir", ROOT, *workers, *gpu, *options.rest]
     return run(environment, command, cwd=ROOT)
 
 

@@ -64,9 +64,15 @@ class Environment:
         return self
 
     def missing(self, requirements: tuple[str, ...]) -> list[str]:
-        """Those of the requirements whose package this Python cannot import."""
+        """Those of the requirements this Python has neither as an installed package nor as a module of that name.
+
+        Both are asked for: pytest-xdist's module is called otherwise, and builds of torch bring a Triton under names of their own.
+        """
         names = {requirement: package_name(requirement) for requirement in requirements}
-        find = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n) is None])"
+        find = (
+            "import importlib.metadata as m, importlib.util as u, sys; "
+            "print(*[n for n in sys.argv[1:] if u.find_spec(n) is None and not [*m.distributions(name=n)]])"
+        )
         absent = subprocess.check_output([str(self.python), "-c", find, *names.values()], text=True).split()
         return [requirement for requirement, name in names.items() if name in absent]
 

@@ -49,7 +49,7 @@ ALONE = ("torchsde==0.2.6", "trampoline==0.1.2", "spandrel==0.4.2", TORCHVISION,
 # A CUDA build of torch brings the Triton that belongs to it; a CPU build none, and Triton's interpreter needs one.
 TRITON = ("triton>=3.4",) if sys.platform == "linux" and platform.machine() == "x86_64" else ()
 
-TEST_PACKAGES = ("pytest==9.2.0", "playwright==1.65.2", "captum==0.7.0", *TRITON)
+TEST_PACKAGES = ("pytest==9.2.0", "pytest-xdist==3.8.0", "playwright==1.65.2", "captum==0.7.0", *TRITON)
 
 # Raised when the steps in build.py change what an environment holds.
 RECIPE = 1
