@@ -107,20 +107,27 @@ def test_noise_is_left_alone_on_latents():
     assert equal(trained(noise_strength=0.5), trained(noise_strength=0.0))
 
 
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """A whole run: its tensors, when its maps were judged, its losses."""
+    whole, _ = start(small_model("sd15"), settings())
+    whole.run()
+    return run_tensors(whole), whole.progress.judged, whole.progress.losses
+
+
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])
-def test_interrupted_and_resumed_equals_uninterrupted(stop):
+def test_interrupted_and_resumed_equals_uninterrupted(stop, uninterrupted):
     """Stopped in the base phase, at its border, between two maps, and where a map is due."""
     small = small_model("sd15")
-    whole, _ = start(small, settings())
-    whole.run()
     part, _ = start(small, settings())
     run_until(part, stop)
     tensors, state = run_tensors(part), describe(part, 3) | {"step": stop, "judged": part.progress.judged}
     resumed, _ = start(small, settings())
     restore(resumed, tensors, state, "file")
     resumed.run()
-    assert equal(run_tensors(whole), run_tensors(resumed))
-    assert whole.progress.judged == resumed.progress.judged and whole.progress.losses == resumed.progress.losses
+    whole, judged, losses = uninterrupted
+    assert equal(whole, run_tensors(resumed))
+    assert judged == resumed.progress.judged and losses == resumed.progress.losses
 
 
 def test_a_longer_resumed_run_keeps_its_phase_border():

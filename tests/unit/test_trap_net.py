@@ -194,11 +194,19 @@ def test_fit_learns_where_traps_lie():
     assert right(more) > 0.97 and not torch.equal(more["out.weight"], weights["out.weight"]) and not weights["out.weight"].requires_grad
 
 
-def test_demo_model():
+@pytest.fixture
+def demo_run(monkeypatch):
+    """The benchmark's runs of the demo model, of half as many pictures each."""
+    from tests.bench import trap_runs
+
+    monkeypatch.setattr(trap_runs, "BATCH", 16)
+    return trap_runs.demo_run
+
+
+def test_demo_model(demo_run):
     """A trained network that the fit did not know: traps planted in its estimates are found, its clean runs left alone, and
     better than by the rule alone."""
     from tests.bench.detection import Score
-    from tests.bench.trap_runs import demo_run
     from tests.bench.trap_runs import watched as watched_run
 
     scores = {kind: (Score(), Score()) for kind in (LearnedDetector, DynamicsDetector)}
@@ -213,10 +221,9 @@ def test_demo_model():
     assert clean.false < 0.005 * clean.pixels
 
 
-def test_demo_model_from_pictures():
+def test_demo_model_from_pictures(demo_run):
     """The same in image to image and inpainting: from pictures of its own, at strengths, samplers and masks drawn."""
     from tests.bench.detection import Score
-    from tests.bench.trap_runs import demo_run
     from tests.bench.trap_runs import watched as watched_run
     from tests.exact.model import sample
 
