@@ -64,16 +64,27 @@ def targeted(now: Estimate, x0: torch.Tensor, mask: torch.Tensor, gamma: float, 
     return renoise(now.x, x0 + scale * xi, eps, mask, now.a, now.b)
 
 
-def surroundings(now: Estimate, mask: torch.Tensor, push: float, seed: int) -> torch.Tensor:
-    """The pack's own correction: renoise what surrounds the region, pushed away from what is in it.
+def surroundings(
+    now: Estimate, mask: torch.Tensor, push: float, seed: int, doubted: torch.Tensor | None = None,
+    before: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The pack's own correction: renoise what surrounds a region, pushed away from what is in it.
 
     x0 = fill + push * (fill - D), push = 0.1 at strength 1, fill being the smooth continuation of D outside the mask
     into it. The published form renoises D itself, of which a good part outlives the noise: the region falls again for
-    what it was.
+    what it was. But what is `doubted` is more often sound, and what surrounds it may win there: of that x0 is what was
+    there `before` its onset, which keeps what had been drawn by then.
+
+    Args:
+        doubted: (F, H, W) bool, the regions of the mask of which the detector is not sure; None for none.
+        before: (F, C, H, W), D before each pixel's own onset; wanted only with `doubted`.
     """
-    x0 = now.denoised.float()
-    fill = fill_from_surroundings(x0, mask)
-    return renoise(now.x, fill + push * (fill - x0), draw_noise(now.x.shape, seed, now.x.device), mask, now.a, now.b)
+    denoised = now.denoised.float()
+    fill = fill_from_surroundings(denoised, mask)
+    x0 = fill + push * (fill - denoised)
+    if doubted is not None:
+        x0 = torch.where(doubted[:, None], before, x0)
+    return renoise(now.x, x0, draw_noise(now.x.shape, seed, now.x.device), mask, now.a, now.b)
 
 
 def state_replacement(now: Estimate, before: torch.Tensor, mask: torch.Tensor, seed: int) -> torch.Tensor:

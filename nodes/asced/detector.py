@@ -20,12 +20,16 @@ class Findings(NamedTuple):
 
     suspected: whether any pixel passed its limit. It is the one thing that the host has to wait for; where it is False
     there are no regions, and nobody need look for them.
+    sure: where the detector has no doubt, bool; None if it cannot tell.
+    before: the clean estimate (F, C, H, W) in which each pixel was as it was before its strongest change; None if it was not kept.
     """
 
     regions: torch.Tensor
     peak: torch.Tensor
     onset: torch.Tensor
     suspected: bool
+    sure: torch.Tensor | None = None
+    before: torch.Tensor | None = None
 
 
 class Detector(ABC):
@@ -52,10 +56,6 @@ class Detector(ABC):
     def accompany(self, change: torch.Tensor) -> None:
         """Told how far D went between every two steps, the largest channel (F, H, W): before the window too, and after
         the steps were observed."""
-
-    def sure(self, peak: torch.Tensor) -> torch.Tensor | None:
-        """Where a score (F, H, W) leaves no doubt, bool. None, unless a detector can tell."""
-        return None
 
     @abstractmethod
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:

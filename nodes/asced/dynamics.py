@@ -75,7 +75,7 @@ class Move:
 
 
 class DynamicsDetector(Detector):
-    """See the module. State: up to four estimates and the running maps, whatever the number of steps."""
+    """See the module. State: up to five estimates and the running maps, whatever the number of steps."""
 
     auto_window = (8.0, 1.6)
     lead = 2
@@ -93,6 +93,7 @@ class DynamicsDetector(Detector):
         self.valid: torch.Tensor | None = None
         self.burst: torch.Tensor | None = None
         self.burst_at: torch.Tensor | None = None
+        self.before_burst: torch.Tensor | None = None
         self.burst_tops: list[torch.Tensor] = []
         self.largest_mad: torch.Tensor | None = None
         self.largest_motion: torch.Tensor | None = None
@@ -138,7 +139,7 @@ class DynamicsDetector(Detector):
             weak = open_square(self.peak > self.weak, self.thinnest)
             regions = grow_from(support_in_time(regions, frames_per_sample), weak)
             regions = keep_regions(close_square(regions, self.gap), self.options)
-        return Findings(regions, self.peak, self.onset, suspected)
+        return Findings(regions, self.peak, self.onset, suspected, before=self.before_burst)
 
     def conclude(self) -> None:
         """The window is over: judge its last change, known from one side only, and take in the bursts."""
@@ -171,9 +172,11 @@ class DynamicsDetector(Detector):
             score = score.masked_fill(~self.valid, 0.0)
         self.burst_tops.append(score.flatten(1).amax(dim=1))
         if self.burst is None:
-            self.burst, self.burst_at = score, torch.full_like(score, move.ratio)
+            self.burst, self.burst_at, self.before_burst = score, torch.full_like(score, move.ratio), move.start
         else:
-            self.burst_at = torch.where(score > self.burst, move.ratio, self.burst_at)
+            stronger = score > self.burst
+            self.burst_at = torch.where(stronger, move.ratio, self.burst_at)
+            self.before_burst = torch.where(stronger[:, None], move.start, self.before_burst)
             self.burst = torch.maximum(self.burst, score)
 
     def _usual_burst(self) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import comfy.utils
 
 from ...kernels.local_net import local_net
-from .detector import NEVER
+from .detector import NEVER, Findings
 from .dynamics import DynamicsDetector
 from .estimate import Estimate
 from .signals import LATE, Signals
@@ -71,8 +71,9 @@ class LearnedDetector(DynamicsDetector):
         self.ended = math.inf
         self.asked = False
 
-    def sure(self, peak: torch.Tensor) -> torch.Tensor | None:
-        return peak >= self.sensitivity * SURE if self.asked else None
+    def findings(self, frames_per_sample: int = 1) -> Findings | None:
+        findings = super().findings(frames_per_sample)
+        return findings._replace(sure=findings.peak >= self.sensitivity * SURE) if self.asked else findings
 
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
         if not self.past and previous.position < math.log(LATE):

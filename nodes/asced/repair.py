@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.fill import fill_from_surroundings
-from ...kernels.regions import count_in_region, label_regions
+from ...kernels.regions import count_in_region, grow_from, label_regions
 from ...kernels.seams import border_jump
 from ..latents import FrameLayout
 from .estimate import Estimate
@@ -88,7 +88,7 @@ class Repair:
         """The regions, by a clean estimate (F, C, H, W), that fell back and of which the detector was sure, (F, H, W) bool; all that
         fell back if it cannot tell. What it doubted and what comes back is more often sound."""
         back = self.fallen_back(denoised)
-        return back if self.sure is None else back & (count_in_region(label_regions(back), back & self.sure) > 0)
+        return back if self.sure is None else grow_from(self.sure, back)
 
     def fallen_back(self, denoised: torch.Tensor) -> torch.Tensor:
         """What of the repair has become again what it was, by a clean estimate (F, C, H, W): (F, H, W) bool."""

@@ -4,6 +4,7 @@ from collections import deque
 
 import torch
 
+from ...kernels.regions import grow_from
 from ...kernels.score_dynamics import change_maps
 from ..latents import FrameLayout
 from .corrector import (
@@ -153,14 +154,14 @@ class Watch:
         repaired, mask = None, None
         if findings is not None:
             self.record.add_findings(findings)
-            self.sure = self.detector.sure(findings.peak)
+            self.sure = findings.sure
             if findings.suspected and self.settings.mode == "correct":
                 mask = repair_mask(findings.regions, self.allowed, self.settings.options)
         if mask is not None and bool(mask.any()):
             if steps_left < 2:
                 self.record.note("Regions were found too late in the run to be repaired.")
             else:
-                repaired = self._repaired(now, mask)
+                repaired = self._repaired(now, mask, findings.before)
                 self.record.add_repair(mask)
         self._plan_next_round()
         return (None, None, None) if repaired is None else (repaired, findings.regions, mask)
@@ -175,10 +176,11 @@ class Watch:
         if findings is None:  # the sample was renoised at every step, so that none could be compared
             nothing = torch.zeros(again.shape, device=again.device)
             return Findings(again, nothing, nothing, suspected=True)
-        return findings._replace(regions=(findings.regions & ~self.repair.mask) | again, suspected=True)
+        sure = None if findings.sure is None else findings.sure | again
+        return findings._replace(regions=(findings.regions & ~self.repair.mask) | again, suspected=True, sure=sure)
 
-    def _repaired(self, now: Estimate, mask: torch.Tensor) -> torch.Tensor:
-        """The frames (F, C, H, W) renoised inside the mask, as the chosen correction does it."""
+    def _repaired(self, now: Estimate, mask: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+        """The frames (F, C, H, W) renoised inside the mask, as the chosen correction does it. before: see Findings."""
         correction, strength = self.settings.options.correction, self.settings.strength
         seed = draw_noise_seed(self.seed, self.settings.options.noise_seed, self.draws)
         self.draws += 1
@@ -188,7 +190,8 @@ class Watch:
             return score_clipping(now, self.clipped, mask)
         if correction == "targeted":
             return targeted(now, self.recent[0].float(), mask, UNIT_GAMMA * strength, seed)
-        return surroundings(now, mask, UNIT_PUSH * strength, seed)
+        doubted = None if before is None or self.sure is None else mask & ~grow_from(self.sure, mask)
+        return surroundings(now, mask, UNIT_PUSH * strength, seed, doubted, before)
 
     def _plan_next_round(self) -> None:
         """Watch the steps that follow if another round is wanted and two steps remain after it; else keep no more of them."""
