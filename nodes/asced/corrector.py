@@ -83,7 +83,7 @@ def surroundings(
     fill = fill_from_surroundings(denoised, mask)
     x0 = fill + push * (fill - denoised)
     if doubted is not None:
-        x0 = torch.where(doubted[:, None], before, x0)
+        x0 = torch.where(doubted[:, None], before.float(), x0)
     return renoise(now.x, x0, draw_noise(now.x.shape, seed, now.x.device), mask, now.a, now.b)
 
 

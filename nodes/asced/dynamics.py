@@ -60,6 +60,10 @@ LEAST_STEP = 0.09
 """Estimates closer than this in ln(b / a) are compared as one step, so that 200 steps show what 25 steps show."""
 
 
+MOST_MOVES = 255
+"""So many moves are told apart by when they began. From b / a 1e4 to 1e-4 there is room for 205."""
+
+
 @dataclass(frozen=True)
 class Move:
     """A change of the clean estimate D (F, C, H, W): from, to, length in ln(b / a), noise ratio where it began."""
@@ -75,7 +79,8 @@ class Move:
 
 
 class DynamicsDetector(Detector):
-    """See the module. State: up to five estimates and the running maps, whatever the number of steps."""
+    """See the module. State: up to four estimates, one more at half precision and the running maps, whatever the
+    number of steps. The onset of a pixel is where its strongest burst began."""
 
     auto_window = (8.0, 1.6)
     lead = 2
@@ -92,7 +97,8 @@ class DynamicsDetector(Detector):
         self.moves: deque[Move] = deque(maxlen=2)
         self.valid: torch.Tensor | None = None
         self.burst: torch.Tensor | None = None
-        self.burst_at: torch.Tensor | None = None
+        self.began: list[float] = []
+        self.burst_move: torch.Tensor | None = None
         self.before_burst: torch.Tensor | None = None
         self.burst_tops: list[torch.Tensor] = []
         self.largest_mad: torch.Tensor | None = None
@@ -145,16 +151,23 @@ class DynamicsDetector(Detector):
         """The window is over: judge its last change, known from one side only, and take in the bursts."""
         if len(self.moves) == 2:
             self._burst(None)
-        self.moves.clear()
         if self.burst is not None:
-            self._take_score(self.burst / self._usual_burst(), self.burst_at)
+            self._take_score(self.burst / self._usual_burst())
+            self.onset = torch.where(self.peak > WEAK, self.burst_at(), NEVER)
+        elif self.moves and self.peak is not None:
+            self.onset = torch.where(self.peak > WEAK, self.moves[-1].ratio, NEVER)
+        self.moves.clear()
 
-    def _take_score(self, score: torch.Tensor, ratio: torch.Tensor | float) -> None:
-        """Take in scores (F, H, W), 1 = the limit at sensitivity 1, of changes that began at `ratio`."""
+    def burst_at(self) -> torch.Tensor:
+        """The noise ratio b / a at which each pixel's strongest burst began, (F, H, W); told by its number, which takes a byte."""
+        return torch.tensor(self.began, device=self.burst_move.device)[self.burst_move.long()]
+
+    def _take_score(self, score: torch.Tensor) -> None:
+        """Take in scores (F, H, W), 1 = the limit at sensitivity 1."""
         score = score * self.sensitivity
         if self.valid is not None:
             score = score.masked_fill(~self.valid, 0.0)
-        self.take(score, torch.where(score > WEAK, ratio, NEVER))
+        self.peak = score if self.peak is None else torch.maximum(self.peak, score)
 
     def _burst(self, after: torch.Tensor | None) -> None:
         """Judge the last change against the one before it and the one after it, whose velocity is `after`."""
@@ -172,12 +185,15 @@ class DynamicsDetector(Detector):
             score = score.masked_fill(~self.valid, 0.0)
         self.burst_tops.append(score.flatten(1).amax(dim=1))
         if self.burst is None:
-            self.burst, self.burst_at, self.before_burst = score, torch.full_like(score, move.ratio), move.start
+            self.burst, self.before_burst = score, move.start.half()
+            self.burst_move = torch.zeros_like(score, dtype=torch.uint8)
         else:
             stronger = score > self.burst
-            self.burst_at = torch.where(stronger, move.ratio, self.burst_at)
-            self.before_burst = torch.where(stronger[:, None], move.start, self.before_burst)
+            self.burst_move = torch.where(stronger, min(len(self.began), MOST_MOVES - 1), self.burst_move)
+            self.before_burst = torch.where(stronger[:, None], move.start.half(), self.before_burst)
             self.burst = torch.maximum(self.burst, score)
+        if len(self.began) < MOST_MOVES:
+            self.began.append(move.ratio)
 
     def _usual_burst(self) -> torch.Tensor:
         """What a burst of each frame has to exceed, (F, 1, 1): 1, or more where all its steps have strong ones."""
@@ -210,7 +226,7 @@ class DynamicsDetector(Detector):
             return
         tail = STRAGGLER_TAIL * sample_quantile(speed, STRAGGLER_QUANTILE, self.valid)
         unit = torch.maximum(tail, STRAGGLER_FLOOR * self.largest_motion)
-        self._take_score(scaled(speed, STRAGGLER_LIMIT * unit), math.exp(start))
+        self._take_score(scaled(speed, STRAGGLER_LIMIT * unit))
 
 
 def scaled(signal: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:

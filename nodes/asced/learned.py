@@ -93,7 +93,7 @@ class LearnedDetector(DynamicsDetector):
             return None
         straggler = torch.zeros_like(self.burst) if straggler is None else straggler
         travel = self.travel if self.travel_before is None else self.travel - self.travel_before
-        return self.signals.maps(travel, self.burst / self._usual_burst(), straggler, self.burst_at, self.valid)
+        return self.signals.maps(travel, self.burst / self._usual_burst(), straggler, self.burst_at(), self.valid)
 
     def conclude(self) -> None:
         maps = self.maps()
@@ -108,4 +108,4 @@ class LearnedDetector(DynamicsDetector):
         self.peak = self.sensitivity * torch.exp((logit - limit) / SOFTNESS).clamp(max=HIGHEST)
         if self.valid is not None:
             self.peak = self.peak.masked_fill(~self.valid, 0.0)
-        self.onset = torch.where((self.onset == NEVER) & (self.peak > 1), self.burst_at, self.onset)
+        self.onset = torch.where(self.peak > self.weak, self.burst_at(), NEVER)

@@ -39,6 +39,7 @@ class RunRecord:
         self.peak: torch.Tensor | None = None
         self.onset: torch.Tensor | None = None
         self.repaired: torch.Tensor | None = None
+        self.doubted: torch.Tensor | None = None
         self.undone: torch.Tensor | None = None
         self.fallen_back: torch.Tensor | None = None
         self.unguarded: torch.Tensor | None = None
@@ -78,9 +79,11 @@ class RunRecord:
         self.peak = torch.maximum(self.peak, findings.peak)
         self.onset = torch.maximum(self.onset, findings.onset)
 
-    def add_repair(self, mask: torch.Tensor) -> None:
-        """Take in a repair: what was renoised, (F, H, W) bool."""
+    def add_repair(self, mask: torch.Tensor, doubted: torch.Tensor | None) -> None:
+        """Take in a repair: what was renoised, and what of it from before its onset, both (F, H, W) bool."""
         self.repaired = mask if self.repaired is None else self.repaired | mask
+        if doubted is not None:
+            self.doubted = doubted if self.doubted is None else (self.doubted & ~mask) | doubted
         self.restarts += 1
 
     def add_redraw(self) -> None:
@@ -102,7 +105,7 @@ class RunRecord:
         if self.layout is not None:
             height, width = self.layout.size
             empty = torch.zeros(self.layout.batch * self.layout.frames_per_sample, height, width, dtype=torch.bool)
-            for name in ("regions", "repaired", "undone", "fallen_back"):
+            for name in ("regions", "repaired", "doubted", "undone", "fallen_back"):
                 mask = getattr(self, name)
                 setattr(self, name, empty if mask is None else mask.cpu())
             for name in ("peak", "onset"):
@@ -217,7 +220,14 @@ class RunRecord:
             },
             "peak": round(self.peak[frame][where].max().item(), 3),
             "outcome": outcome,
+            "renoised_from": self._source(self.repaired[frame] & where, self.doubted[frame]),
         }
+
+    def _source(self, repaired: torch.Tensor, doubted: torch.Tensor) -> str | None:
+        """What a repaired region (H, W) was renoised from, in words; None if it was not. doubted: (H, W), see add_repair."""
+        if not repaired.any():
+            return None
+        return "before its onset" if (repaired & doubted).any() else self.settings.options.correction
 
 
 def finite(value: float) -> float | None:

@@ -36,8 +36,8 @@ def sensitivity_input() -> io.Input:
 def strength_input() -> io.Input:
     return io.Float.Input(
         "strength", default=1.0, min=0.0, max=10.0, step=0.01,
-        tooltip="How far a repaired region is pushed away from what was there. Up to 5 frees artifacts more surely, and harms "
-        "sound parts taken for one. 0 switches the guard off, bit for bit.",
+        tooltip="How far a region that is surely wrong is pushed away from what was there. Up to 5 frees artifacts more surely, and "
+        "harms sound parts taken for one. 0 switches the guard off, bit for bit.",
     )
 
 
@@ -145,7 +145,8 @@ class ASCEDOptions(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "correction", options=list(CORRECTIONS), default=defaults.correction,
-                    tooltip="What is renoised in a region, for the model to redraw. surroundings: what lies around it. targeted: "
+                    tooltip="What is renoised in a region, for the model to redraw. surroundings: what lies around it; where the "
+                    "detector has doubts, what was there before its onset. targeted: "
                     "what is in it, as published. state replacement: what was there before the window. score clipping: "
                     "only limits the change, adds no noise.",
                 ),

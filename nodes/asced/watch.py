@@ -161,8 +161,9 @@ class Watch:
             if steps_left < 2:
                 self.record.note("Regions were found too late in the run to be repaired.")
             else:
-                repaired = self._repaired(now, mask, findings.before)
-                self.record.add_repair(mask)
+                doubted = self._doubted(findings, mask)
+                repaired = self._repaired(now, mask, doubted, findings.before)
+                self.record.add_repair(mask, doubted)
         self._plan_next_round()
         return (None, None, None) if repaired is None else (repaired, findings.regions, mask)
 
@@ -179,7 +180,15 @@ class Watch:
         sure = None if findings.sure is None else findings.sure | again
         return findings._replace(regions=(findings.regions & ~self.repair.mask) | again, suspected=True, sure=sure)
 
-    def _repaired(self, now: Estimate, mask: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    def _doubted(self, findings: Findings, mask: torch.Tensor) -> torch.Tensor | None:
+        """The regions of a mask that are renoised from before their onset; None if the correction or the detector knows no doubt."""
+        if self.settings.options.correction != "surroundings" or findings.sure is None or findings.before is None:
+            return None
+        return mask & ~grow_from(findings.sure, mask)
+
+    def _repaired(
+        self, now: Estimate, mask: torch.Tensor, doubted: torch.Tensor | None = None, before: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The frames (F, C, H, W) renoised inside the mask, as the chosen correction does it. before: see Findings."""
         correction, strength = self.settings.options.correction, self.settings.strength
         seed = draw_noise_seed(self.seed, self.settings.options.noise_seed, self.draws)
@@ -190,7 +199,6 @@ class Watch:
             return score_clipping(now, self.clipped, mask)
         if correction == "targeted":
             return targeted(now, self.recent[0].float(), mask, UNIT_GAMMA * strength, seed)
-        doubted = None if before is None or self.sure is None else mask & ~grow_from(self.sure, mask)
         return surroundings(now, mask, UNIT_PUSH * strength, seed, doubted, before)
 
     def _plan_next_round(self) -> None:

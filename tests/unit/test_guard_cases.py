@@ -1,6 +1,7 @@
 """The guard beside what people do: image to image, inpainting, video, two stages, rounds, corrections, reports."""
 
 import json
+import math
 from unittest import mock
 
 import comfy.nested_tensor
@@ -8,9 +9,10 @@ import comfy.utils
 import nodes as core_nodes
 import pytest
 import torch
-from artifact_guard.nodes.asced import repair
+from artifact_guard.nodes.asced import corrector, learned, repair
 from artifact_guard.nodes.asced.detector import Findings
 from artifact_guard.nodes.asced.estimate import Estimate
+from artifact_guard.nodes.asced.options import GuardSettings
 from artifact_guard.nodes.asced.schema import ASCEDKSampler, ASCEDReport, ASCEDUnguarded
 from artifact_guard.nodes.asced.watch import Watch
 from artifact_guard.nodes.asced.window import Window, plan_window
@@ -302,6 +304,39 @@ def test_redraws_with_several_calls_a_step(sampler):
     extra = len(run.inputs) - len(Run(model, sampler).start().inputs)
     assert run.output.isfinite().all() and (extra <= 1 or sampler == "dpm_adaptive")
     assert sampler == "dpm_adaptive" or report.runs[0].redraws > 0
+
+
+@pytest.mark.parametrize(("sure", "source", "wanted"), [(0.0, "surroundings", -4.0), (math.inf, "before its onset", 0.0)])
+def test_what_a_region_is_renoised_from(sure, source, wanted, monkeypatch):
+    """The trap adds 40 to D. A region without doubt goes a tenth as far to the other side of what surrounds it; a doubted one
+    is as it was before it sprang. The report says which."""
+    monkeypatch.setattr(learned, "SURE", sure)
+    monkeypatch.setattr(corrector, "draw_noise", lambda shape, *_: torch.zeros(shape))
+    guarded, report = guard(trapped_model(amplitude=40.0))
+    run = Run(guarded).start()
+    (record,) = report.runs
+    assert found(record) == [False, True, False]
+    assert run.legs[1].x[1][(..., *SQUARE)].mean().item() == pytest.approx(wanted, abs=1)
+    assert [region["renoised_from"] for region in record.summary()["images"][1]["regions"]] == [source]
+
+
+def test_doubt_is_by_region():
+    """Two regions, one of them with a sure pixel: each is renoised from its own source, and what is around them is left."""
+    random = torch.Generator().manual_seed(0)
+    now, before = (torch.randn(1, CHANNELS, HEIGHT, WIDTH, generator=random) for _ in range(2))
+    mask, sure = torch.zeros(2, 1, HEIGHT, WIDTH, dtype=torch.bool)
+    mask[(0, *SQUARE)] = mask[(0, *ELSEWHERE)] = True
+    sure[0, SQUARE[0].start, SQUARE[1].start] = True
+    score, estimate = torch.zeros(1, HEIGHT, WIDTH), Estimate(now, now, 1.0, 2.0)
+    watch = Watch(GuardSettings(), mock.MagicMock(layout=FrameLayout.of([now.shape])), None, None, 0)
+    doubted = watch._doubted(Findings(mask, score, score, True, sure, before), mask)
+    assert doubted[(0, *ELSEWHERE)].all() and not doubted[(0, *SQUARE)].any()
+    renoised = watch._repaired(estimate, mask, doubted, before)
+    noise = corrector.draw_noise(now.shape, corrector.draw_noise_seed(0, 0, 0), now.device)
+    torch.testing.assert_close(renoised[(..., *ELSEWHERE)], (before + 2.0 * noise)[(..., *ELSEWHERE)])
+    wanted = corrector.surroundings(estimate, mask & ~doubted, corrector.UNIT_PUSH, corrector.draw_noise_seed(0, 0, 0))
+    torch.testing.assert_close(renoised[(..., *SQUARE)], wanted[(..., *SQUARE)])
+    assert torch.equal(renoised[:, :, ~mask[0]], now[:, :, ~mask[0]])
 
 
 @pytest.mark.parametrize("settings", [

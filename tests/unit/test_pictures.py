@@ -61,7 +61,7 @@ def record_of_a_run(batch: int = 2) -> RunRecord:
     for ratio, level in zip(record.ratios[1:], SPEEDS):
         record.add_speed(ratio, 2.0, level * torch.where(square, 3.0, 1.0))
     record.add_findings(Findings(square, square * 2.5, square * 4.0, suspected=True))
-    record.add_repair(square)
+    record.add_repair(square, None)
     record.close(torch.zeros(batch, 3, 32, 32))
     return record
 
