@@ -73,7 +73,9 @@ class LearnedDetector(DynamicsDetector):
 
     def findings(self, frames_per_sample: int = 1) -> Findings | None:
         findings = super().findings(frames_per_sample)
-        return findings._replace(sure=findings.peak >= self.sensitivity * SURE) if self.asked else findings
+        if not (self.asked and findings.suspected):
+            return findings
+        return findings._replace(sure=in_every_frame(findings.peak >= self.sensitivity * SURE, frames_per_sample))
 
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
         if not self.past and previous.position < math.log(LATE):
@@ -109,3 +111,10 @@ class LearnedDetector(DynamicsDetector):
         if self.valid is not None:
             self.peak = self.peak.masked_fill(~self.valid, 0.0)
         self.onset = torch.where(self.peak > self.weak, self.burst_at(), NEVER)
+
+
+def in_every_frame(sure: torch.Tensor, frames_per_sample: int) -> torch.Tensor:
+    """Where some frame of a video is sure, all its frames are: (F, H, W) bool, F = batch x time. Else a region that is followed
+    through the frames would be drawn from one source here and from another there."""
+    videos = sure.unflatten(0, (-1, frames_per_sample))
+    return videos.any(dim=1, keepdim=True).expand_as(videos).flatten(0, 1)

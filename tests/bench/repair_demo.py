@@ -22,6 +22,8 @@ from .repair import NOISE_SEEDS, cases, spread
 
 STEPS, CFG, SEEDS = 20, 2.5, range(2)
 CORRECTIONS = ("surroundings", "state replacement", "targeted", "surroundings, strength 5")
+DOUBTED = "surroundings, all doubted"
+"""The default correction of regions that the detector doubts: from before their onset. Sound ones are mostly of these."""
 
 
 def masks_of(seed: int) -> torch.Tensor:
@@ -30,13 +32,17 @@ def masks_of(seed: int) -> torch.Tensor:
     return torch.cat([trap.mask for trap in traps])
 
 
-def redrawn(pack, settings, seed: int, labels: torch.Tensor):
-    """Samples of the demo model, and what was renoised: the masks, if the settings repair."""
+def redrawn(pack, settings, seed: int, labels: torch.Tensor, doubted: bool = False):
+    """Samples of the demo model, and what was renoised: the masks, if the settings repair. doubted: none of them is sure."""
     demo = pack.nodes.demo.model
     guarded, report = pack.nodes.asced.guard.guard_model(demo.load_demo_model()[0], settings)
     found = masks_of(seed)
-    findings = pack.nodes.asced.detector.Findings(found, *[torch.zeros(found.shape)] * 2, suspected=True)
-    with torch.inference_mode(), mock.patch.object(pack.nodes.asced.watch.Watch, "_findings", lambda *_: findings):
+
+    def findings(watch, now):
+        seen = watch.detector.findings()
+        return seen._replace(regions=found, suspected=True, sure=torch.zeros_like(found) if doubted else None)
+
+    with torch.inference_mode(), mock.patch.object(pack.nodes.asced.watch.Watch, "_findings", findings):
         result = sample(
             guarded, steps=STEPS, cfg=CFG, seed=seed, latent=(BATCH, 3, SIZE, SIZE), negative=[[demo.class_token(None), {}]],
             positive=[[torch.cat([demo.class_token(int(label)) for label in labels]), {}]],
@@ -56,12 +62,12 @@ def run(pack, output: Path, data: Path | None) -> dict:
     for seed in SEEDS:
         bare, _ = redrawn(pack, replace(cases(pack)["default"][0], mode="detect only"), seed, labels)
         add("unguarded", as_asked=accuracy(classifier, bare, labels))
-        for correction in CORRECTIONS:
-            settings, _ = cases(pack)[f"{correction}, true masks"]
+        for correction in (*CORRECTIONS, DOUBTED):
+            settings, _ = cases(pack)[f"{correction.removesuffix(', all doubted')}, true masks"]
             results = []
             for noise_seed in range(NOISE_SEEDS):
                 other = replace(settings, options=replace(settings.options, noise_seed=noise_seed))
-                result, mask = redrawn(pack, other, seed, labels)
+                result, mask = redrawn(pack, other, seed, labels, correction == DOUBTED)
                 results.append(result)
                 add(correction, as_asked=accuracy(classifier, result, labels), diversity=spread(result) / spread(bare),
                     changed_rms=mean_square(result - bare, mask))

@@ -320,6 +320,14 @@ def test_what_a_region_is_renoised_from(sure, source, wanted, monkeypatch):
     assert [region["renoised_from"] for region in record.summary()["images"][1]["regions"]] == [source]
 
 
+def test_doubt_is_the_same_in_all_frames_of_a_video():
+    sure = torch.zeros(6, HEIGHT, WIDTH, dtype=torch.bool)
+    sure[(1, *SQUARE)] = sure[(5, *ELSEWHERE)] = True
+    spread = learned.in_every_frame(sure, 3)
+    assert spread[(slice(0, 3), *SQUARE)].all() and spread[(slice(3, 6), *ELSEWHERE)].all()
+    assert spread.sum() == 3 * sure.sum() and torch.equal(learned.in_every_frame(sure, 1), sure)
+
+
 def test_doubt_is_by_region():
     """Two regions, one of them with a sure pixel: each is renoised from its own source, and what is around them is left."""
     random = torch.Generator().manual_seed(0)
