@@ -73,7 +73,7 @@ class LearnedDetector(DynamicsDetector):
 
     def findings(self, frames_per_sample: int = 1) -> Findings | None:
         findings = super().findings(frames_per_sample)
-        if not (self.asked and findings.suspected):
+        if not self.asked:
             return findings
         return findings._replace(sure=in_every_frame(findings.peak >= self.sensitivity * SURE, frames_per_sample))
 
