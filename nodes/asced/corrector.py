@@ -76,7 +76,7 @@ def surroundings(
     there `before` its onset, which keeps what had been drawn by then.
 
     Args:
-        doubted: (F, H, W) bool, the regions of the mask of which the detector is not sure; None for none.
+        doubted: (F, H, W) bool, the regions of the mask that the detector doubts; None for none.
         before: (F, C, H, W), D before each pixel's own onset; wanted only with `doubted`.
     """
     denoised = now.denoised.float()

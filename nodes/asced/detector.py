@@ -20,7 +20,7 @@ class Findings(NamedTuple):
 
     suspected: whether any pixel passed its limit. It is the one thing that the host has to wait for; where it is False
     there are no regions, and nobody need look for them.
-    sure: where the detector has no doubt, bool; None if it cannot tell.
+    likely, sure: where the detector thinks it right, and where it has no doubt, bool; None if it cannot tell.
     before: the clean estimate (F, C, H, W) in which each pixel was as it was before its strongest change; None if it was not kept.
     """
 
@@ -28,6 +28,7 @@ class Findings(NamedTuple):
     peak: torch.Tensor
     onset: torch.Tensor
     suspected: bool
+    likely: torch.Tensor | None = None
     sure: torch.Tensor | None = None
     before: torch.Tensor | None = None
 

@@ -177,14 +177,15 @@ class Watch:
         if findings is None:  # the sample was renoised at every step, so that none could be compared
             nothing = torch.zeros(again.shape, device=again.device)
             return Findings(again, nothing, nothing, suspected=True)
-        sure = None if findings.sure is None else findings.sure | again
-        return findings._replace(regions=(findings.regions & ~self.repair.mask) | again, suspected=True, sure=sure)
+        likely, sure = (None if marked is None else marked | again for marked in (findings.likely, findings.sure))
+        regions = (findings.regions & ~self.repair.mask) | again
+        return findings._replace(regions=regions, suspected=True, likely=likely, sure=sure)
 
     def _doubted(self, findings: Findings, mask: torch.Tensor) -> torch.Tensor | None:
         """The regions of a mask that are renoised from before their onset; None if the correction or the detector knows no doubt."""
-        if self.settings.options.correction != "surroundings" or findings.sure is None or findings.before is None:
+        if self.settings.options.correction != "surroundings" or findings.likely is None or findings.before is None:
             return None
-        return mask & ~grow_from(findings.sure, mask)
+        return mask & ~grow_from(findings.likely, mask)
 
     def _repaired(
         self, now: Estimate, mask: torch.Tensor, doubted: torch.Tensor | None = None, before: torch.Tensor | None = None

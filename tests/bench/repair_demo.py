@@ -33,14 +33,14 @@ def masks_of(seed: int) -> torch.Tensor:
 
 
 def redrawn(pack, settings, seed: int, labels: torch.Tensor, doubted: bool = False):
-    """Samples of the demo model, and what was renoised: the masks, if the settings repair. doubted: none of them is sure."""
+    """Samples of the demo model, and what was renoised: the masks, if the settings repair. doubted: all of them are."""
     demo = pack.nodes.demo.model
     guarded, report = pack.nodes.asced.guard.guard_model(demo.load_demo_model()[0], settings)
     found = masks_of(seed)
 
     def findings(watch, now):
         seen = watch.detector.findings()
-        return seen._replace(regions=found, suspected=True, sure=torch.zeros_like(found) if doubted else None)
+        return seen._replace(regions=found, suspected=True, likely=torch.zeros_like(found) if doubted else None, sure=None)
 
     with torch.inference_mode(), mock.patch.object(pack.nodes.asced.watch.Watch, "_findings", findings):
         result = sample(

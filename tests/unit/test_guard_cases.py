@@ -306,11 +306,11 @@ def test_redraws_with_several_calls_a_step(sampler):
     assert sampler == "dpm_adaptive" or report.runs[0].redraws > 0
 
 
-@pytest.mark.parametrize(("sure", "source", "wanted"), [(0.0, "surroundings", -4.0), (math.inf, "before its onset", 0.0)])
-def test_what_a_region_is_renoised_from(sure, source, wanted, monkeypatch):
-    """The trap adds 40 to D. A region without doubt goes a tenth as far to the other side of what surrounds it; a doubted one
+@pytest.mark.parametrize(("likely", "source", "wanted"), [(0.0, "surroundings", -4.0), (math.inf, "before its onset", 0.0)])
+def test_what_a_region_is_renoised_from(likely, source, wanted, monkeypatch):
+    """The trap adds 40 to D. A likely region goes a tenth as far to the other side of what surrounds it; a doubted one
     is as it was before it sprang. The report says which."""
-    monkeypatch.setattr(learned, "SURE", sure)
+    monkeypatch.setattr(learned, "LIKELY", likely)
     monkeypatch.setattr(corrector, "draw_noise", lambda shape, *_: torch.zeros(shape))
     guarded, report = guard(trapped_model(amplitude=40.0))
     run = Run(guarded).start()
@@ -321,23 +321,23 @@ def test_what_a_region_is_renoised_from(sure, source, wanted, monkeypatch):
 
 
 def test_doubt_is_the_same_in_all_frames_of_a_video():
-    sure = torch.zeros(6, HEIGHT, WIDTH, dtype=torch.bool)
-    sure[(1, *SQUARE)] = sure[(5, *ELSEWHERE)] = True
-    spread = learned.in_every_frame(sure, 3)
+    marked = torch.zeros(6, HEIGHT, WIDTH, dtype=torch.bool)
+    marked[(1, *SQUARE)] = marked[(5, *ELSEWHERE)] = True
+    spread = learned.in_every_frame(marked, 3)
     assert spread[(slice(0, 3), *SQUARE)].all() and spread[(slice(3, 6), *ELSEWHERE)].all()
-    assert spread.sum() == 3 * sure.sum() and torch.equal(learned.in_every_frame(sure, 1), sure)
+    assert spread.sum() == 3 * marked.sum() and torch.equal(learned.in_every_frame(marked, 1), marked)
 
 
 def test_doubt_is_by_region():
-    """Two regions, one of them with a sure pixel: each is renoised from its own source, and what is around them is left."""
+    """Two regions, one of them with a likely pixel: each is renoised from its own source, and what is around them is left."""
     random = torch.Generator().manual_seed(0)
     now, before = (torch.randn(1, CHANNELS, HEIGHT, WIDTH, generator=random) for _ in range(2))
-    mask, sure = torch.zeros(2, 1, HEIGHT, WIDTH, dtype=torch.bool)
+    mask, likely = torch.zeros(2, 1, HEIGHT, WIDTH, dtype=torch.bool)
     mask[(0, *SQUARE)] = mask[(0, *ELSEWHERE)] = True
-    sure[0, SQUARE[0].start, SQUARE[1].start] = True
+    likely[0, SQUARE[0].start, SQUARE[1].start] = True
     score, estimate = torch.zeros(1, HEIGHT, WIDTH), Estimate(now, now, 1.0, 2.0)
     watch = Watch(GuardSettings(), mock.MagicMock(layout=FrameLayout.of([now.shape])), None, None, 0)
-    doubted = watch._doubted(Findings(mask, score, score, True, sure, before), mask)
+    doubted = watch._doubted(Findings(mask, score, score, True, likely, before=before), mask)
     assert doubted[(0, *ELSEWHERE)].all() and not doubted[(0, *SQUARE)].any()
     renoised = watch._repaired(estimate, mask, doubted, before)
     noise = corrector.draw_noise(now.shape, corrector.draw_noise_seed(0, 0, 0), now.device)
