@@ -90,12 +90,12 @@ def test_grey_and_rgba_images_train(channels):
 
 
 def test_vgg16_learns_from_nothing():
-    """Without a file to start from: 72 images with a grid and their originals, four times seen, tell new ones apart."""
+    """Without a file to start from: 72 images with a grid and their originals, three times seen, tell new ones apart."""
     real = images(80, seed=1)
     generated = spoil(real, size=14)[0]
     with torch.inference_mode():
         judge, training = session.train_highlighter(
-            real, generated, settings(epochs=4, batch_size=16, rate=1e-4, size=32, backbone="vgg16")
+            real, generated, settings(epochs=3, batch_size=16, rate=1e-4, size=32, backbone="vgg16")
         )
     sound, flawed = (judge.generated_probability(batch) for batch in (images(30, seed=13), spoil(images(30, seed=11), 14)[0]))
     assert training.losses[-1] < 0.5 * training.losses[0]
