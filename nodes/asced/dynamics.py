@@ -160,7 +160,9 @@ class DynamicsDetector(Detector):
 
     def burst_at(self) -> torch.Tensor:
         """The noise ratio b / a at which each pixel's strongest burst began, (F, H, W); told by its number, which takes a byte."""
-        return torch.tensor(self.began, device=self.burst_move.device)[self.burst_move.long()]
+        # Filled on the device: a list that is copied there would be waited for.
+        began = torch.stack([torch.full((), ratio, device=self.burst_move.device) for ratio in self.began])
+        return began[self.burst_move.long()]
 
     def _take_score(self, score: torch.Tensor) -> None:
         """Take in scores (F, H, W), 1 = the limit at sensitivity 1."""
