@@ -194,6 +194,18 @@ def test_fit_learns_where_traps_lie():
     assert right(more) > 0.97 and not torch.equal(more["out.weight"], weights["out.weight"]) and not weights["out.weight"].requires_grad
 
 
+@pytest.mark.parametrize("trap_at", [3, 4, 5])
+def test_onset_and_what_was_there_before_it(trap_at):
+    """A square jumps between two steps: its onset is the first of them, and what was there before it the estimate of that step."""
+    steps = path(trap_at=trap_at)
+    findings = watched(LearnedDetector, steps).findings()
+    square = (slice(11, 17), slice(13, 19))
+    assert (findings.onset[(0, *square)] == torch.tensor(RATIOS[trap_at - 1])).all()
+    where = (0, slice(None), *square)
+    torch.testing.assert_close(findings.before[where].float(), steps[trap_at - 1][where], atol=2e-3, rtol=0)
+    assert findings.likely[(0, *square)].any()
+
+
 @pytest.fixture
 def demo_run(monkeypatch):
     """The benchmark's runs of the demo model, of half as many pictures each."""
