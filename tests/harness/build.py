@@ -84,7 +84,7 @@ def download_source(python: Path, source: Source, log: Log) -> Path:
 
 def _install(python: Path, log: Log, arguments: list) -> None:
     # Python compiles what it imports; compiling all of the 17,000 files beforehand takes more than a minute.
-    log.run([python, "-m", "pip", "install", "--no-compile", *arguments], NETWORK)
+    log.run([python, "-m", "pip", "install", *arguments, "--no-compile"], NETWORK)
 
 
 def _drop_compiled_torchaudio(python: Path) -> None:
