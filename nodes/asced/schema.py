@@ -36,7 +36,7 @@ def sensitivity_input() -> io.Input:
 def strength_input() -> io.Input:
     return io.Float.Input(
         "strength", default=1.0, min=0.0, max=10.0, step=0.01,
-        tooltip="How far a region that is surely wrong is pushed away from what was there. Up to 5 frees artifacts more surely, and "
+        tooltip="How far a region that is not doubted is pushed away from what was there. Up to 5 frees artifacts more surely, and "
         "harms sound parts taken for one. 0 switches the guard off, bit for bit.",
     )
 
