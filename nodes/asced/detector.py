@@ -66,15 +66,6 @@ class Detector(ABC):
     def change_limit(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> torch.Tensor | None:
         """The largest change of D between the two steps that is not abnormal, (F,), for score clipping; None: any."""
 
-    def take(self, score: torch.Tensor, began: torch.Tensor) -> None:
-        """Take in a comparison, both (F, H, W): score, 1 = the limit; where it makes a pixel abnormal the noise ratio at which
-        that began, else NEVER. What was taken before keeps its onset."""
-        if self.peak is None:
-            self.peak, self.onset = score, began
-            return
-        self.onset = torch.where(self.onset > NEVER, self.onset, began)
-        self.peak = torch.maximum(self.peak, score)
-
     def findings(self, frames_per_sample: int = 1) -> Findings | None:
         """The regions of the window so far; None if nothing could be compared."""
         if self.peak is None:
