@@ -76,9 +76,15 @@ def save_model_file(folder: str, filename_prefix: str, kind: str, tensors: dict,
 
 
 def write_model_file(path: str, kind: str, tensors: dict, settings: dict) -> None:
-    """Write one file at this very path, what is there or not."""
+    """Write one file at this very path, what is there or not, in one move: it is whole, or as it was before."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    comfy.utils.save_torch_file(tensors, path, metadata={KIND_KEY: kind, SETTINGS_KEY: json.dumps(settings)})
+    partial = path + ".partial"
+    try:
+        comfy.utils.save_torch_file(tensors, partial, metadata={KIND_KEY: kind, SETTINGS_KEY: json.dumps(settings)})
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
 
 
 def load_model_file(folder: str, name: str, kind: str) -> tuple[dict[str, torch.Tensor], dict]:

@@ -22,7 +22,7 @@ from .checkpointing import checkpointed, watched
 from .flaw_batch import FlawBatch, FlawSampling
 from .lora_settings import FlawAwareSettings, decay_at, step_seed
 from .train_steps import TrainSteps
-from .training_data import LatentData
+from .training_data import LatentData, short_name
 from .weight_average import WeightAverage
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01
@@ -30,13 +30,27 @@ BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01
 
 
 class Diverged(ValueError):
-    """The loss was not a number: this step's gradient was thrown away."""
+    """The loss or its gradient was not a number: this step was not taken."""
 
 
 def works_on_pixels(model) -> bool:
     """Whether a model's latents are the picture itself, so that a map at image size is one at the noise's size."""
     latent_format = model.get_model_object("latent_format")
     return getattr(latent_format, "spacial_downscale_ratio", 8) == 1 and latent_format.latent_channels == 3
+
+
+def names_of(model, sampling: FlawSampling) -> dict[str, str]:
+    """Short names of what a run is made of, so that it is noticed when it goes on with something else. To be asked before the
+    model is loaded, which puts its patches into the weights.
+    """
+    frozen = [value for value in model.model.parameters() if not value.requires_grad]
+    strengths = {key: [patch[0] for patch in patches] for key, patches in model.patches.items()}
+    decoder = getattr(sampling.vae, "first_stage_model", None)
+    return {
+        "model": short_name([frozen, strengths]), "positive": short_name(sampling.conditions), "negative": short_name(sampling.negative),
+        "vae": short_name([] if decoder is None else list(decoder.parameters())),
+        "flaw_highlighter": short_name(list(sampling.highlighter.network.parameters())),
+    }
 
 
 def optimizer_of(parameters, rate: float, betas=BETAS) -> torch.optim.AdamW:
@@ -94,6 +108,7 @@ class FlawAwareTraining:
         self.average = WeightAverage(parameters)
         self.progress, self.watcher = Progress(), Watcher()
         self.writes_in_place: bool | None = None  # a trial shows it; till then torch's guard is on, which costs time
+        self.names = names_of(model, sampling)
         self.attention = AttentionSettings(settings.attention_strength)
         if self.attention.strength:
             patch_attention(model, torch.ones(1, 1, 1), self.attention)
@@ -160,11 +175,13 @@ class FlawAwareTraining:
 
     def after_backward(self, step: int, loss: float) -> None:
         """Take a step with the gradients that are there."""
-        if not math.isfinite(loss):
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
-            raise Diverged(f"The loss became {loss} at step {step + 1}. Lower learning_rate, or set training_dtype to fp32.")
+            what = "loss" if not math.isfinite(loss) else "gradient"
+            value = loss if not math.isfinite(loss) else norm
+            raise Diverged(f"The {what} became {value} at step {step + 1}. Lower learning_rate, or set training_dtype to fp32.")
         self.optimizer.param_groups[0]["lr"] = self.rate(step)
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(decay_at(step, self.settings.ema_decay))

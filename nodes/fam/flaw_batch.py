@@ -60,8 +60,10 @@ class FlawSampling:
         return torch.cat(parts)
 
     def judge_samples(self, samples: torch.Tensor) -> FlawBatch:
-        """Decode latents and judge the images."""
-        return self.judge(decode(self.vae, samples).float().cpu())
+        """Decode latents and judge the images. No gradient is kept: a VAE that ComfyUI loaded would not let one through."""
+        with torch.no_grad():
+            images = decode(self.vae, samples).float().cpu()
+        return self.judge(images)
 
     def judge(self, images: torch.Tensor) -> FlawBatch:
         """The maps and probabilities of images."""

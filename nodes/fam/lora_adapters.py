@@ -32,6 +32,11 @@ def training_copy(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patche
             "trained. Load that LoRA without bypass."
         )
     if model.is_dynamic():
+        if getattr(model, "cached_patcher_init", None) is None:
+            raise ValueError(
+                "model: ComfyUI loads it piece by piece (dynamic VRAM), and the node that loaded it does not say how to load it whole, "
+                "which training needs. Load it with one of ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram."
+            )
         return model.clone(disable_dynamic=True)  # core loads its file once more
     management = comfy.model_management
     loaded = management.current_loaded_models

@@ -119,13 +119,16 @@ def spoilt(images: torch.Tensor, seed: int = 0) -> torch.Tensor:
     return images
 
 
-def check_highlighter(sampling: FlawSampling, samples: torch.Tensor, batch: FlawBatch) -> None:
+def check_highlighter(sampling: FlawSampling, samples: torch.Tensor, batch: FlawBatch) -> list[str]:
     """Refuse a highlighter whose maps can mean nothing, before anything is trained by them.
 
     It is asked about training images, the model's own samples, and training images spoilt on purpose.
 
+    Returns:
+        What else speaks against it: what its own training warned of, and one verdict for everything.
+
     Raises:
-        ValueError: it gives all of them the same verdict or the same probability, or its maps are empty.
+        ValueError: it gives all of them the same probability, or its maps are empty.
     """
     real = sampling.judge_samples(samples[:JUDGED])
     noisy = sampling.judge(spoilt(real.images))
@@ -138,11 +141,15 @@ def check_highlighter(sampling: FlawSampling, samples: torch.Tensor, batch: Flaw
         "Train it (Train Flaw Highlighter) on real images like your training images against images that this model made, "
         "until its held-out accuracy is well above 50 %, and look at its maps (Flaw Map) first."
     )
-    if generated.all() or not generated.any() or high - low < SAME:
-        verdict = "generated" if generated.all() else "real" if not generated.any() else "undecided"
+    verdict = "generated" if generated.all() else "real" if not generated.any() else "undecided"
+    if high - low < SAME:
         raise ValueError(
             f"flaw_highlighter: it answers the same for everything. Asked about {asked}, it says {verdict} every time "
             f"(probability of being generated {low:.1%} to {high:.1%}), so its maps would mean nothing. {advice}"
         )
     if not torch.cat([batch.maps.flatten(1), noisy.maps.flatten(1)]).any():
         raise ValueError(f"flaw_highlighter: its maps are empty: nothing in {asked} speaks for generated to it. {advice}")
+    doubts = list(sampling.highlighter.settings.warnings)
+    if verdict != "undecided":
+        doubts.append(f"It calls all of {asked} {verdict} (probability of being generated {low:.1%} to {high:.1%}). {advice}")
+    return doubts

@@ -8,6 +8,7 @@ import torch
 import comfy.model_management
 from comfy_api.latest import io, ui
 
+from ..cancelled import CancelledRuns
 from .flaw_aware import FlawAwareTraining, works_on_pixels
 from .flaw_batch import FlawSampling
 from .highlighter_schema import CATEGORY, FlawHighlighterType
@@ -21,6 +22,7 @@ from .training_data import LatentData
 
 
 SAVE_EVERY = 250
+CANCELLED = CancelledRuns()
 
 
 def given(**settings) -> dict:
@@ -107,11 +109,16 @@ class FAMTrainLoRA(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs) -> int:
+        return CANCELLED.fingerprint(inputs)
+
+    @classmethod
     def execute(
         cls, model, vae, flaw_highlighter, latents, positive, steps, base_fraction, map_every, attention_strength,
         noise_strength, rank, learning_rate, batch_size, seed, negative=None, map_images=None, map_steps=None, map_cfg=None,
         training_dtype=None, gradient_checkpointing=None, save_every=None, resume=None,
     ) -> io.NodeOutput:
+        inputs = {name: value for name, value in locals().items() if name != "cls"}
         settings = FlawAwareSettings(
             steps, base_fraction, map_every, attention_strength, noise_strength, learning_rate, batch_size, seed,
             **given(training_dtype=training_dtype, gradient_checkpointing=gradient_checkpointing),
@@ -127,8 +134,10 @@ class FAMTrainLoRA(io.ComfyNode):
                 tuple(samples.shape[1:]), **given(images=map_images, steps=map_steps, cfg=map_cfg),
             )
             every = SAVE_EVERY if save_every is None else save_every
-            lora, curves, flaw_map = learn(model, data, samples, sampling, settings, rank, every, node_id, earlier, resume)
+            lora, curves, flaw_map, cancelled = learn(model, data, samples, sampling, settings, rank, every, node_id, earlier, resume)
         free_what_is_done_with()
+        if cancelled:
+            CANCELLED.add(inputs)
         return io.NodeOutput(lora, curves, flaw_map, ui=ui.PreviewImage(curves, cls=cls))
 
 
@@ -141,8 +150,8 @@ def free_what_is_done_with() -> None:
 def learn(
     model, data: LatentData, samples: torch.Tensor, sampling: FlawSampling, settings: FlawAwareSettings, rank: int, save_every: int,
     node_id: str | None, earlier: tuple | None, resume: str | None,
-) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """Train on a copy of the model; what the node gives: LORA_MODEL, IMAGE of the curves, MASK."""
+) -> tuple[dict, torch.Tensor, torch.Tensor, bool]:
+    """Train on a copy of the model; what the node gives, LORA_MODEL, IMAGE of the curves and MASK, and whether it was cancelled."""
     copy = training_copy(model)
     copy.model.requires_grad_(False)
     copy.set_model_compute_dtype(settings.dtype_on(copy.load_device))
@@ -155,14 +164,14 @@ def learn(
     progress, stopped = training.progress, ", cancelled" if session.cancelled else ""
     title = f"Training loss, {progress.step} of {settings.steps} steps{stopped}"
     flaw_map = session.first.mean_map if progress.flaw_map is None else progress.flaw_map
-    return lora, draw_curves(progress, training.phases, title), flaw_map
+    return lora, draw_curves(progress, training.phases, title), flaw_map, session.cancelled
 
 
 def prepare(session: Session, samples: torch.Tensor, earlier: tuple | None, name: str) -> None:
     """All that comes before the first step: can it be done, does the highlighter see, what will it cost, what was done.
 
     Raises:
-        ValueError: a step cannot be done, the highlighter answers the same for everything, or the run does not fit.
+        ValueError: a step or a map cannot be made, the highlighter answers the same for everything, or the run does not fit.
     """
     training, node_id = session.training, session.node_id
     if earlier is not None:
@@ -173,8 +182,9 @@ def prepare(session: Session, samples: torch.Tensor, earlier: tuple | None, name
     cost = measure_cost(training)
     cost.map = session.look()
     cost.memory = max(cost.memory, memory_in_use(training.model.load_device))
-    if training.uses_map:
-        check_highlighter(training.sampling, samples, session.first)
+    if training.uses_map and training.phases.maps(training.progress.step):
+        for doubt in check_highlighter(training.sampling, samples, session.first):
+            tell(node_id, f"flaw_highlighter: {doubt}")
     if training.settings.noise_strength and not works_on_pixels(training.model):
         logging.info("Artifact Guard: noise_strength is off: this model works on latents, where a map of the picture has no place "
                      "in the noise. The attention part acts alone, as published for latent models.")

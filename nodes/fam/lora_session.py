@@ -10,7 +10,7 @@ import comfy.model_management
 import comfy.utils
 from server import PromptServer
 
-from .flaw_aware import FlawAwareTraining, Watcher
+from .flaw_aware import Diverged, FlawAwareTraining, Watcher
 from .flaw_batch import FlawBatch
 from .lora_pictures import preview
 from .lora_settings import DTYPES, step_seed
@@ -30,7 +30,8 @@ def tell(node_id: str | None, text: str) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is what torch, CUDA or the system say when there is no memory left."""
-    told = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    words = str(error).lower() if isinstance(error, RuntimeError) else ""
+    told = "allocate memory" in words or "out of memory" in words
     return told or isinstance(error, (comfy.model_management.OOM_EXCEPTION, MemoryError))
 
 
@@ -76,7 +77,8 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def measure_cost(training: FlawAwareTraining) -> Cost:
-    """Two trial steps, the second one timed: the first also loads the model.
+    """Two trial steps, the second one timed: the first also loads the model. What AdamW keeps of each value is added, since
+    a trial takes no step.
 
     Raises:
         ValueError: no step can be done with these inputs, with what the usual causes are.
@@ -102,7 +104,8 @@ def measure_cost(training: FlawAwareTraining) -> Cost:
             "positive from the text encoder of another model, or latents of another model's VAE, are the usual causes; a patch "
             "on the model that does not let gradients through is another."
         ) from error
-    return Cost(seconds, memory_in_use(device), comfy.model_management.get_total_memory(device))
+    moments = 0 if training.optimizer.state else sum(2 * parameter.nbytes for parameter in training.parameters.values())
+    return Cost(seconds, memory_in_use(device) + moments, comfy.model_management.get_total_memory(device))
 
 
 class Session:
@@ -120,9 +123,21 @@ class Session:
         self.cancelled, self.drawn, self.bar = False, 0.0, None
 
     def look(self) -> float:
-        """Sample and judge a batch of the model as it is; the seconds it took."""
+        """Sample and judge a batch of the model as it is; the seconds it took.
+
+        Raises:
+            ValueError: there is not enough memory for it.
+        """
         start = time.perf_counter()
-        self.first = self.latest = self.training.sample(step_seed(self.training.settings.seed, -1))
+        try:
+            self.first = self.latest = self.training.sample(step_seed(self.training.settings.seed, -1))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise ValueError(
+                f"There is not enough memory to sample and decode {self.training.sampling.images} images for a flaw map ({error}). "
+                "Lower map_images, or train on smaller images."
+            ) from error
         return time.perf_counter() - start
 
     def run(self) -> None:
@@ -130,7 +145,8 @@ class Session:
 
         Raises:
             InterruptProcessingException: cancelled before a single step was done.
-            RuntimeError: out of memory; names the file that what was learned is in.
+            ValueError: the loss or its gradient was not a number.
+            RuntimeError: out of memory, or whatever else ended it. All name the file that what was learned is in.
         """
         training = self.training
         self.bar = comfy.utils.ProgressBar(training.settings.steps)
@@ -143,26 +159,36 @@ class Session:
                 raise
             self.cancelled = True
         except BaseException as error:
-            path = self.file.save(training) if training.progress.step > begun else None
+            kept = self.save()[1] if training.progress.step > begun else "Nothing was learned yet."
             done = f"{training.progress.step} of {training.settings.steps} steps"
-            if path is not None:
-                logging.warning("Artifact Guard: training stopped after %s. What was learned is saved as %s.", done, path)
-            if not out_of_memory(error):
-                raise
-            kept = f"What was learned is saved as {path}: choose it at resume to go on." if path else "Nothing was learned yet."
-            raise RuntimeError(
-                f"Out of memory after {done}. {kept} Lower batch_size or map_images, or turn gradient_checkpointing on, first."
-            ) from error
-        path = self.file.save(training)
+            logging.warning("Artifact Guard: training stopped after %s. %s", done, kept)
+            if out_of_memory(error):
+                raise RuntimeError(
+                    f"Out of memory after {done}. {kept} Lower batch_size or map_images, or turn gradient_checkpointing on, first."
+                ) from error
+            if isinstance(error, Diverged):
+                raise Diverged(f"{error} {kept}") from error
+            if isinstance(error, Exception):
+                raise RuntimeError(f"Training stopped after {done}: {type(error).__name__}: {error} {kept}") from error
+            raise
         how = "Cancelled" if self.cancelled else "Done"
-        tell(self.node_id, f"{how} after {training.progress.step} of {training.settings.steps} steps. The run is in {path}.")
+        tell(self.node_id, f"{how} after {training.progress.step} of {training.settings.steps} steps. {self.save()[1]}")
+
+    def save(self) -> tuple[bool, str]:
+        """Save the run: whether it could be, and in words where it is. A disk that is full does not end the training."""
+        try:
+            return True, f"The run is saved as {self.file.save(self.training)}: choose it at resume to go on."
+        except Exception as error:
+            return False, f"The run could not be saved ({error})."
 
     def before_step(self, step: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def after_step(self, step: int, loss: float) -> None:
         if self.save_every and (step + 1) % self.save_every == 0 and step + 1 < self.training.settings.steps:
-            self.file.save(self.training)
+            saved, words = self.save()
+            if not saved:
+                tell(self.node_id, words)
         self.show()
 
     def after_map(self, step: int, batch: FlawBatch) -> None:

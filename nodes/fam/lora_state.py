@@ -1,10 +1,8 @@
 """A training run as a file: what has been learned and all it takes to go on, in models/fam_training.
 
-A run writes one file of its own, under the next free number, and renews only that one. Renewing is one move, so that a
-file is never half written.
+A run writes one file of its own, under the next free number, and renews only that one.
 """
 
-import os
 from dataclasses import asdict
 
 import torch
@@ -16,9 +14,12 @@ FOLDER, KIND = "fam_training", "flaw-aware training run"
 PREFIX = "fam_lora"
 NEW_RUN = "new run"
 
-TOLD = ("map_every", "attention_strength", "noise_strength", "learning_rate", "batch_size", "seed",
-        "training_dtype", "latents", "sampling")
+TOLD = ("base_fraction", "map_every", "attention_strength", "noise_strength", "learning_rate", "batch_size", "seed",
+        "training_dtype", "latents", "sampling", "model", "positive", "negative", "vae", "flaw_highlighter")
 """What makes a resumed run another one than was interrupted, if it was changed."""
+
+NAMED = ("latents", "model", "positive", "negative", "vae", "flaw_highlighter")
+"""Those of them of which a short name is kept, which tells a person nothing."""
 
 register_folder(FOLDER)
 
@@ -29,12 +30,13 @@ def run_names() -> list[str]:
 
 
 def describe(training: FlawAwareTraining, rank: int) -> dict:
-    """The settings that go into the file."""
+    """The settings that go into the file, and short names of all that the run is made of."""
     sampling = training.sampling
     return asdict(training.settings) | {
         "clip": None, "rank": rank, "base_steps": training.phases.base_steps,
-        "latents": training.data.fingerprint, "sampling": [sampling.images, sampling.steps, sampling.cfg],
-    }
+        "latents": training.data.fingerprint,
+        "sampling": [sampling.images, sampling.steps, sampling.cfg],
+    } | training.names
 
 
 def run_tensors(training: FlawAwareTraining) -> dict[str, torch.Tensor]:
@@ -64,8 +66,7 @@ class RunFile:
         if self.path is None:
             self.path = save_model_file(FOLDER, PREFIX, KIND, run_tensors(training), settings)
         else:
-            write_model_file(self.path + ".partial", KIND, run_tensors(training), settings)
-            os.replace(self.path + ".partial", self.path)
+            write_model_file(self.path, KIND, run_tensors(training), settings)
         return self.path
 
 
@@ -83,10 +84,12 @@ def read_run(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def changes(training: FlawAwareTraining, rank: int, settings: dict) -> list[str]:
-    """What the node says otherwise than the run that is gone on with, in words; of numbers both."""
+    """What the node says otherwise than the run that is gone on with, in words; of numbers both. A file of an earlier release
+    says less: what it does not say counts as unchanged."""
     now = describe(training, rank)
-    changed = [name for name in TOLD if now[name] != settings[name]]
-    return [name if name == "latents" else f"{name} {settings[name]} -> {now[name]}" for name in changed]
+    changed = [name for name in TOLD if now[name] != settings.get(name, now[name])]
+    words = [name if name in NAMED else f"{name} {settings[name]} -> {now[name]}" for name in changed]
+    return [f"{told} (without effect: the base phase ends where it was to)" if told.startswith("base_fraction") else told for told in words]
 
 
 def restore(training: FlawAwareTraining, tensors: dict[str, torch.Tensor], settings: dict, name: str) -> None:

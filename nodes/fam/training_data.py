@@ -17,6 +17,34 @@ class Draw:
     conditions: torch.Tensor
 
 
+LOOKED_AT = 256
+"""Entries of a tensor, about, that go into its short name: a model is large."""
+
+
+def short_name(value) -> str:
+    """A short name of nested lists and dicts of numbers, words and tensors; what else is in them does not count."""
+    digest = hashlib.sha256()
+
+    def add(part) -> None:
+        if isinstance(part, torch.Tensor):
+            digest.update(f"{tuple(part.shape)}".encode())
+            if type(part) in (torch.Tensor, torch.nn.Parameter):  # quantized weights are classes of their own
+                flat = part.detach().flatten()
+                digest.update(flat[:: max(1, flat.numel() // LOOKED_AT)].float().cpu().numpy().tobytes())
+        elif isinstance(part, dict):
+            add([[str(key), part[key]] for key in sorted(part, key=str)])
+        elif isinstance(part, (list, tuple)):
+            digest.update(b"[")
+            for entry in part:
+                add(entry)
+            digest.update(b"]")
+        elif isinstance(part, (str, bool, int, float)):
+            digest.update(repr(part).encode())
+
+    add(value)
+    return digest.hexdigest()[:16]
+
+
 @dataclass
 class LatentData:
     """Args:

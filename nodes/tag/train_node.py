@@ -11,6 +11,7 @@ from comfy_api.latest import io
 import comfy.model_management
 import comfy.utils
 
+from ..cancelled import CancelledRuns
 from ..latents import check_latent
 from ..plots import Panel, draw_chart
 from ..run_reports import image_part
@@ -21,6 +22,7 @@ from .training import Trainer, TrainingData, TrainingSettings, held_out_time_gap
 
 TimePredictorType = io.Custom("TIME_PREDICTOR")
 
+CANCELLED = CancelledRuns()
 PREVIEW_EVERY = 50
 CURVE_POINTS = 200
 
@@ -164,19 +166,26 @@ class TAGTrainTimePredictor(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs) -> int:
+        return CANCELLED.fingerprint(inputs)
+
+    @classmethod
     def execute(
         cls, model, latents, steps, batch_size, learning_rate, seed, conditioning=None, time_predictor=None
     ) -> io.NodeOutput:
         """Everything comes as a list: latents and conditions of a folder are many, of the rest the first counts."""
         settings = TrainingSettings(steps[0], batch_size[0], learning_rate[0], seed[0])
         entries = None if conditioning is None else [entry for given in conditioning for entry in given]
-        return io.NodeOutput(*train(model[0], latents, settings, entries, time_predictor and time_predictor[0]))
+        *outputs, cancelled = train(model[0], latents, settings, entries, time_predictor and time_predictor[0])
+        if cancelled:
+            CANCELLED.add({"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed})
+        return io.NodeOutput(*outputs)
 
 
 def train(
     model, latents: list[dict], settings: TrainingSettings, conditioning: list | None, given: TimePredictor | None
-) -> tuple[TimePredictor, torch.Tensor, float]:
-    """(predictor, loss curve, held-out time gap). given: a predictor to go on with; the rest as in training_data."""
+) -> tuple[TimePredictor, torch.Tensor, float, bool]:
+    """(predictor, loss curve, held-out time gap, whether it was cancelled). given: a predictor to go on with; the rest as in training_data."""
     with torch.inference_mode(False), torch.enable_grad():
         data = training_data(model, latents, conditioning)
         predictor = starting_point(model, data, settings.seed, given)
@@ -189,7 +198,7 @@ def train(
     if cancelled:
         title = f"Cancelled after {len(losses)} of {settings.steps} steps; what was learned is kept. Time gap {gap:.1f}"
     logging.info("Time predictor: %s", title)
-    return result, loss_curve(losses, title), gap
+    return result, loss_curve(losses, title), gap, cancelled
 
 
 def starting_point(model, data: TrainingData, seed: int, given: TimePredictor | None) -> TimePredictor:

@@ -124,9 +124,12 @@ def run_flaw_aware(demo_model, settings, output: Path, data: Path | None) -> dic
     file = RunFile(0, str(output / "flaw-aware.safetensors"))
     if Path(file.path).exists():
         tensors, earlier = read_model_file(file.path, "flaw-aware.safetensors", KIND)
-        different = changes(training, 0, earlier)
+        different = changes(training, 0, earlier) + (["steps"] if earlier["steps"] != settings.steps else [])  # the rate falls over all
         if different:
             raise SystemExit(f"{file.path} is of a run with another {', '.join(different)}: choose another --output.")
+        if earlier["step"] >= settings.steps:
+            print(f"{file.path} holds {earlier['step']} steps: this run is done.", flush=True)
+            return {name: tensors[f"average.{name}"].half().contiguous() for name in training.average.values}
         restore(training, tensors, earlier, file.path)
     bar = tqdm(initial=training.progress.step, total=settings.steps, unit="step", mininterval=5)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -55,3 +56,28 @@ def test_errors_are_told_in_words_at_the_node(comfy_server, workflow):
     with pytest.raises(ExecutionFailed, match="rank is 0; a whole number of 1 or more") as failure:
         comfy_server.run(prompt)
     assert failure.value.details["node_type"] == "FAMTrainLoRA"
+
+
+def test_run_after_cancel_trains_again(comfy_server, workflow):
+    """ComfyUI keeps what a cancelled node gave; the next Run must not be answered from there."""
+    train = find(workflow, "FAMTrainLoRA")
+    prompt = with_inputs(upstream(workflow, train), "FAMTrainLoRA", steps=15, base_fraction=1.0, seed=5)
+    prompt["show"] = {"class_type": "PreviewImage", "inputs": {"images": [train, 1]}}
+
+    def wait_for(words: str) -> None:
+        for _ in range(600):
+            if words in comfy_server.log():
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"{words!r} did not come")
+
+    first = comfy_server.queue(prompt)
+    wait_for("15 steps of about")
+    time.sleep(1.0)
+    comfy_server.interrupt()
+    assert comfy_server.wait(first, 120)["status"]["status_str"] == "success"
+    assert "of 15 steps. The run is saved as" in comfy_server.log() and "Done after 15 of 15" not in comfy_server.log()
+    comfy_server.run(prompt, 120)
+    assert comfy_server.log().count("Done after 15 of 15 steps") == 1
+    comfy_server.run(prompt, 120)
+    assert comfy_server.log().count("Done after 15 of 15 steps") == 1, "what is done is not done again"

@@ -50,6 +50,11 @@ def test_interrupted_and_resumed_equals_uninterrupted_and_is_a_demo_model(short,
     assert any(not torch.equal(shipped[name].half(), value) for name, value in whole.items())
 
 
+def test_a_finished_run_gives_its_weights_again(short, tmp_path):
+    first, again = short(tmp_path), short(tmp_path)
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
 def test_a_run_with_other_settings_is_refused(short, tmp_path, monkeypatch):
     short(tmp_path)
     monkeypatch.setattr(flaw_aware_demo, "MAP_IMAGES", 3)

@@ -1,5 +1,7 @@
 """What the training node refuses, in words and before it trains."""
 
+from dataclasses import replace
+
 import comfy.sd
 import pytest
 import torch
@@ -45,6 +47,34 @@ def small():
 def test_refused_in_words(small, change, words):
     with pytest.raises(ValueError, match=words):
         train(small, **change)
+
+
+class Mild(RoughPlaces):
+    """Tells images apart, and calls all of them real."""
+
+    def head(self, features):
+        return 0.1 * super().head(features) + torch.tensor([2.0, -2.0])
+
+
+def test_one_verdict_for_everything_and_its_own_warnings_are_told(small, caplog):
+    caplog.set_level("INFO")
+    highlighter = rough_highlighter(Mild())
+    highlighter.settings = replace(highlighter.settings, warnings=("Spurious cue: light.",))
+    lora, _, _ = train(small, flaw_highlighter=highlighter)
+    assert lora and "flaw_highlighter: Spurious cue: light." in caplog.text
+    assert "flaw_highlighter: It calls all of 6 training images" in caplog.text and " real (probability" in caplog.text
+
+
+def test_a_run_without_maps_asks_nothing_of_the_highlighter(small):
+    assert train(small, flaw_highlighter=rough_highlighter(SameForAll()), base_fraction=1.0)[0]
+
+
+def test_a_model_that_cannot_be_loaded_whole_is_told(small, monkeypatch):
+    model = small.model.clone()
+    monkeypatch.setattr(type(model), "is_dynamic", lambda self: True)
+    model.cached_patcher_init = None
+    with pytest.raises(ValueError, match="model: ComfyUI loads it piece by piece.*--disable-dynamic-vram"):
+        train(small, model=model)
 
 
 def test_missing_pooled_text_is_told():

@@ -1,13 +1,15 @@
 """The trained LoRA on real architectures at reduced width: core's own loader takes it, and it does what was trained."""
 
 import comfy.lora
+import comfy.sd
 import pytest
 import torch
+from artifact_guard.nodes.fam.flaw_batch import FlawSampling
 from artifact_guard.nodes.fam.lora_schema import FAMTrainLoRA
 from comfy_extras.nodes_train import LoraModelLoader
 
 from tests.small_models import sample, small_model
-from tests.unit.fam_lora_support import ToyVAE, rough_highlighter, settings, smooth_latents, start
+from tests.unit.fam_lora_support import RoughPlaces, ToyVAE, rough_highlighter, settings, smooth_latents, start
 
 
 def train(small, model=None, **more):
@@ -68,6 +70,41 @@ def test_latents_with_a_time_axis(family):
     lora, _, flaw_map = train(small_model(family), vae=FrameVAE())
     assert any(value.abs().max() > 0 for name, value in lora.items() if "lora_down" in name)
     assert flaw_map.shape[0] == 1
+
+
+@pytest.mark.parametrize("under_inference_mode", [True, False])
+def test_a_real_vae(under_inference_mode, monkeypatch):
+    """Core's VAE with a network, loaded under inference mode as the executor does, or not: no gradient is asked of it, none kept."""
+    vae, kept, judge = small_vae(under_inference_mode), [], FlawSampling.judge
+    assert {parameter.is_inference() for parameter in vae.first_stage_model.parameters()} == {under_inference_mode}
+
+    def watched(self, images):
+        kept.append(images.requires_grad)
+        return judge(self, images)
+
+    monkeypatch.setattr(FlawSampling, "judge", watched)
+    lora, _, flaw_map = train(small_model("sd15"), vae=vae, flaw_highlighter=rough_highlighter(RoughPlaces(0.075), size=64))
+    assert kept == [False] * 5  # training images, spoilt ones, the model's own before and at two maps
+    assert flaw_map.shape == (1, 128, 128) and flaw_map.max() > 0 and any(value.any() for value in lora.values())
+
+
+def small_vae(under_inference_mode: bool):
+    """ComfyUI's AutoencoderKL of SD 1.5, narrow, with random weights."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    shape = {"double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2, 2, 2],
+             "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+    parameters = {"embed_dim": 4, "ddconfig": shape}
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(name: str, value: torch.Tensor) -> torch.Tensor:
+        if value.ndim == 1:
+            return torch.full(value.shape, float(name.endswith("weight")))
+        return torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
+
+    weights = {name: drawn(name, value) for name, value in AutoencoderKL(**parameters).state_dict().items()}
+    with torch.inference_mode(under_inference_mode):
+        return comfy.sd.VAE(sd=weights, config={"params": parameters})
 
 
 class FrameVAE:

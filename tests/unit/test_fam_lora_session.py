@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import weakref
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.utils
@@ -11,12 +12,14 @@ import folder_paths
 import pytest
 import torch
 from artifact_guard.nodes.fam import lora_schema, lora_session, train_steps
-from artifact_guard.nodes.fam.lora_state import FOLDER, NEW_RUN, read_run, run_names
+from artifact_guard.nodes.fam.flaw_aware import FlawAwareTraining, names_of
+from artifact_guard.nodes.fam.lora_adapters import training_copy
+from artifact_guard.nodes.fam.lora_state import FOLDER, NEW_RUN, changes, describe, read_run, run_names
 from artifact_guard.nodes.model_files import KIND_KEY, save_model_file
 from safetensors import safe_open
 
 from tests.small_models import small_model
-from tests.unit.fam_lora_support import equal, settings, start
+from tests.unit.fam_lora_support import RoughPlaces, ToyVAE, equal, rough_highlighter, settings, start
 from tests.unit.test_fam_lora_models import train
 
 pytestmark = pytest.mark.usefixtures("repeatable")
@@ -72,7 +75,10 @@ def test_cancelled_before_the_first_step_is_a_cancel(small, files, monkeypatch):
 
 @pytest.mark.parametrize(
     "error",
-    [comfy.model_management.OOM_EXCEPTION("out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    [
+        comfy.model_management.OOM_EXCEPTION("out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), RuntimeError("CUDA error: out of memory"),
+    ],
 )
 def test_out_of_memory_saves_and_names_the_file(small, files, monkeypatch, error):
     fail_at(monkeypatch, 2, error)
@@ -80,6 +86,40 @@ def test_out_of_memory_saves_and_names_the_file(small, files, monkeypatch, error
         train(small)
     _, settings = read_run("fam_lora_00001_.safetensors", 3)
     assert settings["step"] == 2
+
+
+def test_any_other_error_names_the_file_too(small, files, monkeypatch):
+    fail_at(monkeypatch, 2, KeyError("weight"))
+    with pytest.raises(RuntimeError, match="stopped after 2 of 4 steps: KeyError: 'weight' .*saved as .*fam_lora_00001_.safetensors"):
+        train(small)
+
+
+def test_a_run_that_cannot_be_saved_still_gives_its_lora(small, files, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    whole, _, _ = train(small)
+
+    def full(tensors, path, metadata):
+        with open(path, "wb") as file:
+            file.write(b"half of")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(comfy.utils, "save_torch_file", full)
+    lora, _, _ = train(small, save_every=2)
+    assert equal(lora, whole) and files() == ["fam_lora_00001_.safetensors"], "nothing half written stays"
+    assert caplog.text.count("could not be saved (No space left on device)") == 2
+    with monkeypatch.context() as patch:
+        fail_at(patch, 2, MemoryError())
+        with pytest.raises(RuntimeError, match="Out of memory after 2 of 4 steps. The run could not be saved"):
+            train(small)
+
+
+def test_out_of_memory_at_the_first_map_is_told(small, files, monkeypatch):
+    def sample(self, seed):
+        raise comfy.model_management.OOM_EXCEPTION("out of memory")
+
+    monkeypatch.setattr("artifact_guard.nodes.fam.flaw_aware.FlawAwareTraining.sample", sample)
+    with pytest.raises(ValueError, match="not enough memory to sample and decode 2 images.*Lower map_images"):
+        train(small)
 
 
 def test_out_of_memory_at_the_trial_step_is_told(small, files, monkeypatch):
@@ -99,11 +139,31 @@ def test_a_loss_that_is_no_number_ends_the_run_with_what_was_learned(small, file
         return losses[-1] * (math.nan if len(losses) == 2 + 4 else 1)  # two trial steps come first
 
     monkeypatch.setattr(train_steps, "prediction_loss", lost_at_the_fourth_step)
-    with pytest.raises(ValueError, match="The loss became nan at step 4.*Lower learning_rate"):
+    with pytest.raises(ValueError, match="The loss became nan at step 4.*Lower learning_rate.*fam_lora_00001_.safetensors"):
         train(small, steps=6, attention_strength=0.0)
+    only_good_steps_are_saved(files, 3)
+
+
+def only_good_steps_are_saved(files, steps):
     tensors, settings = read_run(files()[0], 3)
-    assert settings["step"] == 3 == len(tensors["losses"]) and torch.isfinite(tensors["losses"]).all()
+    assert settings["step"] == steps == len(tensors["losses"])
     assert all(torch.isfinite(value).all() for value in tensors.values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_ends_the_run_with_what_was_learned(small, files, monkeypatch, value):
+    """One layer's gradient: the loss of that step is sound. The file that was saved on the way is not spoilt."""
+    after = FlawAwareTraining.after_backward
+
+    def lost_at_the_fourth_step(self, step, loss):
+        if step == 3:
+            next(iter(self.parameters.values())).grad.view(-1)[0] = value
+        after(self, step, loss)
+
+    monkeypatch.setattr(FlawAwareTraining, "after_backward", lost_at_the_fourth_step)
+    with pytest.raises(ValueError, match=f"The gradient became {value} at step 4.*fam_lora_00001_.safetensors"):
+        train(small, steps=6, attention_strength=0.0, save_every=2)
+    only_good_steps_are_saved(files, 3)
 
 
 def test_saved_on_the_way_into_one_file(small, files, monkeypatch):
@@ -137,6 +197,68 @@ def test_a_change_of_settings_is_told(small, files, caplog):
     train(small)
     train(small, resume=files()[0], steps=6, batch_size=1)
     assert "this was changed: batch_size 2 -> 1." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("positive", lambda small: {"conditions": [small.conditioning(2)]}),
+        ("negative", lambda small: {"negative": small.conditioning(3)}),
+        ("vae", lambda small: {"vae": Decoder(small.channels)}),
+        ("flaw_highlighter", lambda small: {"highlighter": rough_highlighter(RoughPlaces(0.05))}),
+        ("model", lambda small: other_weights(small)),
+        ("model", lambda small: with_lora(small)),
+        (None, lambda small: {}),
+    ],
+)
+def test_other_inputs_are_a_change(small, name, change):
+    """Each is told by its name, and nothing is told of a run that is begun once more with the same."""
+    begun = describe(start(small, settings())[0], 3)
+    changed = change(small)
+    model = None if isinstance(changed, dict) else changed
+    training, _ = start(small, settings(), model)
+    if model is None:
+        training.names = names_of(training.model, replace(training.sampling, **changed))
+    assert changes(training, 3, begun) == ([] if name is None else [name])
+    assert changes(training, 3, {key: value for key, value in begun.items() if key != name}) == [], "a file of an earlier release"
+
+
+class Decoder(ToyVAE):
+    """A VAE with weights."""
+
+    first_stage_model = torch.nn.Linear(2, 2)
+
+
+def other_weights(small):
+    """The model with one layer's weights changed."""
+    with torch.inference_mode(False), torch.no_grad():
+        model = training_copy(small.model)
+        next(model.model.diffusion_model.parameters()).mul_(1.1)
+    return model
+
+
+def with_lora(small):
+    """The model with a weight patch."""
+    model = small.model.clone()
+    name = next(key for key in model.model.state_dict() if key.endswith("weight"))
+    assert model.add_patches({name: ("diff", (torch.zeros_like(model.model.state_dict()[name]),))}, 0.5)
+    return model
+
+
+def test_the_border_of_a_resumed_run_does_not_move_and_that_is_told(small, files, caplog):
+    caplog.set_level("INFO")
+    train(small)
+    train(small, resume=files()[0], steps=5, base_fraction=1.0)
+    assert "base_fraction 0.5 -> 1.0 (without effect: the base phase ends where it was to)." in caplog.text
+    assert "New flaw map at step 4" in caplog.text
+
+
+def test_a_patch_in_the_weights_is_no_change(small):
+    """Once it is loaded, the model's patches are in its weights."""
+    training, _ = start(small, settings(), with_lora(small))
+    begun = describe(training, 3)
+    training.trial()
+    assert changes(training, 3, begun) == [] and describe(training, 3) == begun
 
 
 def test_a_file_says_what_it_holds(small, files):

@@ -221,12 +221,19 @@ def test_cancelling_keeps_what_was_learned(monkeypatch, caplog):
             comfy.model_management.interrupt_current_processing(True)
         return real(self)
 
-    expected = train_node_run(steps=2)[0]
+    def fingerprint(**more):
+        """As ComfyUI asks for it: widgets in lists, nothing of what is wired."""
+        widgets = {"steps": 50, "batch_size": 8, "learning_rate": 1e-4, "seed": 0} | more
+        wired = {name: (None,) for name in ("model", "latents", "conditioning", "time_predictor")}
+        return TAGTrainTimePredictor.fingerprint_inputs(**{name: [value] for name, value in widgets.items()}, **wired)
+
+    expected, before = train_node_run(steps=2)[0], fingerprint()
     monkeypatch.setattr(train_node.Trainer, "step", step)
     with caplog.at_level("INFO"):
         predictor, _, gap = train_node_run(steps=50)
     assert predictor.steps == 2 and equal(weights(predictor), weights(expected)) and gap > 0
     assert "Cancelled after 2 of 50 steps; what was learned is kept" in caplog.text
+    assert fingerprint() != before and fingerprint(seed=1) == before, "the next Run of this node trains again"
     comfy.model_management.throw_exception_if_processing_interrupted()
     monkeypatch.undo()
     comfy.model_management.interrupt_current_processing(True)
