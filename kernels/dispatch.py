@@ -4,6 +4,7 @@ A function that is marked `with_triton(module)` is the reference, and defines th
 that module takes and gives the same. What was chosen and why says `choose`.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -34,6 +35,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.bool)
 
 NOTHING = "there is nothing to do"
 
+OLDEST = (7, 0)
+"""Compute capability: older GPUs have no atomic operation of the kind that label_regions is made of."""
+
 
 class Choice(NamedTuple):
     """How a kernel runs, "torch" or "triton", and why."""
@@ -52,6 +56,32 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.lru_cache(maxsize=None)
+def broken_on(device: torch.device) -> str | None:
+    """Why Triton does not work on a GPU, None if it does. Asked once for each: the smallest kernel is compiled and run there."""
+    if torch.version.hip:
+        return "the Triton forms were measured on NVIDIA's GPUs only"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return f"the Triton forms need compute capability {OLDEST[0]}.{OLDEST[1]} or newer"
+    try:
+        dot = torch.zeros(1, 1, 1, 1, device=device)
+        on_device(dot, "score_dynamics_triton", "change_maps")(dot, dot)
+    except Exception as error:  # no C compiler, another Triton than torch's, a driver that is too old, ...
+        return f"Triton does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"
+    return None
+
+
+def on_device(tensor: torch.Tensor, module: str, name: str):
+    """The Triton form of that name, run on the tensor's own GPU: Triton itself takes the current one."""
+    form = getattr(importlib.import_module(f".{module}", __package__), name)
+
+    def run(*arguments, **keywords):
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+            return form(*arguments, **keywords)
+
+    return run
+
+
 def obstacle(tensors: list[torch.Tensor], dtypes: tuple[torch.dtype, ...] = DTYPES, unfit: Unfit | None = None) -> str | None:
     """Why Triton cannot take these tensors; None if it can.
 
@@ -68,6 +98,8 @@ def obstacle(tensors: list[torch.Tensor], dtypes: tuple[torch.dtype, ...] = DTYP
     strange = {str(x.dtype) for x in tensors if x.dtype not in dtypes}
     if strange:
         return f"there is no Triton form for {', '.join(sorted(strange))}"
+    if tensors[0].is_cuda and not interpreting() and (reason := broken_on(tensors[0].device)) is not None:
+        return reason
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "the Triton forms have no gradient"
     if min(x.numel() for x in tensors) == 0:
@@ -125,8 +157,8 @@ def with_triton(
         name = reference.__name__
 
         def triton_form(*arguments, **keywords):
-            form = getattr(importlib.import_module(f".{module}", __package__), name)
-            return form(*arguments, **keywords)
+            tensor = next(x for x in (*arguments, *keywords.values()) if isinstance(x, torch.Tensor))
+            return on_device(tensor, module, name)(*arguments, **keywords)
 
         @functools.wraps(reference)
         def dispatched(*arguments, **keywords):

@@ -4,6 +4,9 @@ import torch
 
 from .dispatch import with_triton
 
+LARGEST = 2**31 - 2**10
+"""Values of a sample, for which the Triton form's numbers of 32 bits suffice."""
+
 
 def check_amount(x: torch.Tensor, amount: torch.Tensor, first: int, axis: int) -> None:
     """Raises ValueError unless amount (B, n) from token `first` on fits the tokens of x on `axis`."""
@@ -41,7 +44,13 @@ def scale_tokens(x: torch.Tensor, amount: torch.Tensor, first: int = 0, axis: in
     return torch.cat([before, torch.addcmul(inside, inside, amount), after], dim=axis)
 
 
-@with_triton("kv_scale_triton")
+def too_large(tensors: list[torch.Tensor]) -> str | None:
+    """Why the Triton form cannot take these; None if it can."""
+    largest = max(x[:1].numel() for x in tensors)
+    return f"its Triton form counts up to {LARGEST} values a sample, and here are {largest}" if largest > LARGEST else None
+
+
+@with_triton("kv_scale_triton", unfit=too_large)
 def scale_pair(
     key: torch.Tensor, value: torch.Tensor, amount: torch.Tensor, first: int = 0, axis: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:

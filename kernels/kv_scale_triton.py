@@ -21,8 +21,8 @@ def _scale(x, out, amount, place, token, row, inside, first, count):
 @triton.jit
 def _scale_pair(key, value, key_out, value_out, amount, first, count, tokens, heads, channels, elements, BLOCK: tl.constexpr):
     """Elements of one sample: (heads, tokens, channels)."""
-    row = tl.program_id(0).to(tl.int64)
-    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     token = element // channels % tokens
     place = row * elements + element
@@ -41,7 +41,7 @@ def scale_pair(
     tokens, channels = key.shape[axis], key.shape[-1]
     heads = key.shape[1] if axis == 2 else 1
     elements = heads * tokens * channels
-    grid = (len(key), triton.cdiv(elements, BLOCK))
+    grid = (triton.cdiv(elements, BLOCK), len(key))  # the first axis has room for 2^31 programs, the second for 65535
     _scale_pair[grid](
         key, value, key_out, value_out, amount.contiguous(), first, amount.shape[1], tokens, heads, channels, elements,
         BLOCK=BLOCK,

@@ -42,10 +42,10 @@ def _join(parent, one, other, active):
 @triton.jit
 def _join_neighbours(mask, parent, height, width, BLOCK: tl.constexpr):
     pixels = height * width
-    image = tl.program_id(0).to(tl.int64) * pixels
+    image = tl.program_id(1).to(tl.int64) * pixels
     mask += image
     parent += image
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
     here = inside & (tl.load(mask + pixel, mask=inside, other=0) != 0)
     has_right = here & (pixel % width + 1 < width)
@@ -58,8 +58,8 @@ def _join_neighbours(mask, parent, height, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _name_regions(mask, parent, labels, pixels, BLOCK: tl.constexpr):
-    image = tl.program_id(0).to(tl.int64) * pixels
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(1).to(tl.int64) * pixels
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
     here = inside & (tl.load(mask + image + pixel, mask=inside, other=0) != 0)
     last = _last(parent + image, pixel, here)
@@ -72,7 +72,7 @@ def label_regions(mask: torch.Tensor) -> torch.Tensor:
     bytes_ = mask.contiguous().view(torch.uint8)
     parent = torch.arange(pixels, dtype=torch.int32, device=mask.device).repeat(batch)
     labels = torch.empty(batch, height, width, dtype=torch.int64, device=mask.device)
-    grid = (batch, triton.cdiv(pixels, BLOCK))
+    grid = (triton.cdiv(pixels, BLOCK), batch)  # the first axis has room for 2^31 programs, the second for 65535
     _join_neighbours[grid](bytes_, parent, height, width, BLOCK=BLOCK)
     _name_regions[grid](bytes_, parent, labels, pixels, BLOCK=BLOCK)
     return labels

@@ -23,6 +23,19 @@ def middle(count: int) -> tuple[int, int]:
     return (count - 1) // 2, count // 2
 
 
+MILLION = 1_000_000
+
+
+def millionths(share: float) -> int:
+    """A share in whole numbers, in which every device finds the same rank."""
+    return round(share * MILLION)
+
+
+def rank_at(share: float, count: int) -> int:
+    """The rank, counted from 0, below which this share of so many values lies."""
+    return (count - 1) * millionths(share) // MILLION
+
+
 def _numpy_rows(values: torch.Tensor, valid: torch.Tensor | None) -> list[np.ndarray]:
     """Of each row of `values` (B, N), on the CPU, the entries that count, float32; compress is faster than row[counts]."""
     rows = values.detach().float().numpy()
@@ -60,6 +73,8 @@ def _row_median(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tenso
     """Median (B,) of rows (B, N), of those values that `valid` (B, N) marks."""
     if values.device.type in NUMPY_DEVICES:
         return _from_numpy([_selected(row, middle) for row in _numpy_rows(values, valid)], values)
+    if values.shape[1] == 0:
+        return values.new_full((len(values),), torch.nan)
     if valid is None:
         lower, upper = (values.kthvalue(rank + 1, dim=1).values for rank in middle(values.shape[1]))
         return (upper + lower) / 2
@@ -76,9 +91,9 @@ def median_and_mad(values: torch.Tensor, valid: torch.Tensor | None = None) -> t
     A median is the mean of the two middle values where their number is even, as in numpy.
 
     Args:
-        values: (B, ...), at least one value a sample. NaN counts as larger than any number.
-        valid: bool, broadcastable to the shape of `values`, optional: the entries that count. A sample with none gives
-            NaN.
+        values: (B, ...). NaN counts as larger than any number.
+        valid: bool, broadcastable to the shape of `values`, optional: the entries that count. A sample without any
+            gives NaN.
     """
     rows = values.flatten(1)
     rows_valid = None if valid is None else valid.expand_as(values).flatten(1)
@@ -106,21 +121,23 @@ def sample_quantile(values: torch.Tensor, share: float, valid: torch.Tensor | No
     """The value below which `share` of each sample's entries lie, without interpolation: (B, ...) gives (B,).
 
     Args:
-        values: (B, ...), at least one value a sample. NaN counts as larger than any number.
+        values: (B, ...). NaN counts as larger than any number.
         share: 0 to 1; 0.5 of an odd number of entries is the median.
-        valid: bool, broadcastable to the shape of `values`, optional: the entries that count. A sample with none gives
-            NaN.
+        valid: bool, broadcastable to the shape of `values`, optional: the entries that count. A sample without any
+            gives NaN.
     """
     rows = values.flatten(1)
     rows_valid = None if valid is None else valid.expand_as(values).flatten(1)
     if rows.device.type in NUMPY_DEVICES:
         def rank(count):
-            return (int(share * (count - 1)),) * 2
+            return (rank_at(share, count),) * 2
 
         return _from_numpy([_selected(row, rank) for row in _numpy_rows(rows, rows_valid)], rows)
+    if rows.shape[1] == 0:
+        return rows.new_full((len(rows),), torch.nan)
     if valid is None:
-        return rows.kthvalue(1 + int(share * (rows.shape[1] - 1)), dim=1).values
+        return rows.kthvalue(1 + rank_at(share, rows.shape[1]), dim=1).values
     ordered = rows.masked_fill(~rows_valid, torch.nan).sort(dim=1).values
     count = rows_valid.sum(dim=1, keepdim=True)
-    index = (share * (count - 1).double()).long().clamp(min=0)
+    index = ((count - 1) * millionths(share) // MILLION).clamp(min=0)
     return torch.where(count[:, 0] > 0, ordered.gather(1, index)[:, 0], torch.nan)

@@ -8,7 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
+from . import robust_threshold
+from .robust_threshold import millionths, rank_at
+
 NAN_KEY = tl.constexpr(0xFFFFFFFF)
+MILLION = tl.constexpr(robust_threshold.MILLION)
 
 PER_THREAD = 16
 """Values of a row that one thread holds, until a program has as many threads as it can."""
@@ -71,13 +75,18 @@ def _median_and_mad(values, valid, median, mad, size, MASKED: tl.constexpr, BLOC
 
 
 @triton.jit
-def _quantile(values, valid, out, size, rank, millionths, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def _quantile(values, valid, out, size, rank, share, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     value, counts, count = _load(values + row * size, valid + row * size, size, MASKED, BLOCK)
     if MASKED:
-        rank = ((tl.maximum(count, 1) - 1).to(tl.int64) * millionths // 1000000).to(tl.int32)
+        rank = ((tl.maximum(count, 1) - 1).to(tl.int64) * share // MILLION).to(tl.int32)
     quantile, _ = _select(value, counts, rank)
     tl.store(out + row, tl.where(count == 0, float("nan"), quantile))
+
+
+def warps(block: int) -> int:
+    """How many warps of 32 threads a program has that holds so many values."""
+    return min(32, max(4, block // (32 * PER_THREAD)))
 
 
 def _rows(values: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -85,7 +94,7 @@ def _rows(values: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tenso
     kernels are compiled for."""
     rows = values.flatten(1).contiguous()
     block = triton.next_power_of_2(rows.shape[1])
-    shared = {"MASKED": valid is not None, "BLOCK": block, "num_warps": min(32, max(4, block // (32 * PER_THREAD)))}
+    shared = {"MASKED": valid is not None, "BLOCK": block, "num_warps": warps(block)}
     counted = rows if valid is None else valid.expand_as(values).flatten(1).contiguous().view(torch.uint8)
     return rows, counted, shared
 
@@ -104,7 +113,5 @@ def median_and_mad(values: torch.Tensor, valid: torch.Tensor | None = None) -> t
 def sample_quantile(values: torch.Tensor, share: float, valid: torch.Tensor | None = None) -> torch.Tensor:
     rows, counted, shared = _rows(values, valid)
     out, size = _one_each(rows), rows.shape[1]
-    rank = int(share * (size - 1))
-    millionths = round(share * 1_000_000)  # a float argument would come as float32
-    _quantile[(len(rows),)](rows, counted, out, size, rank, millionths, **shared)
+    _quantile[(len(rows),)](rows, counted, out, size, rank_at(share, size), millionths(share), **shared)
     return out

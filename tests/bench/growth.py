@@ -57,7 +57,7 @@ def run(pack, output: Path, data: Path | None) -> dict:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     device = torch.device("cuda" if on_gpu() else "cpu")
-    figures = {"device": device.type}
+    figures = {}
     for line, changes in LINES.items():
         cases = {str(quantity(change)): watch_run(**(BASE | change), device=device) for change in changes}
         seconds = {int(name): told["seconds"] for name, told in in_turns(cases, REPEATS).items()}

@@ -80,7 +80,7 @@ def main() -> None:
         given = {"cifar": arguments.cifar10, "models": arguments.models, "minutes": arguments.minutes, "options": rest}
         more = {name: value for name, value in given.items() if name in inspect.signature(benchmark.run).parameters}
         figures = benchmark.run(pack, arguments.output, arguments.data, **more)
-        record = {"benchmark": name, "when": datetime.now(timezone.utc).isoformat()} | hardware() | figures
+        record = {"benchmark": name, "when": datetime.now(timezone.utc).isoformat()} | figures | hardware()
         path = arguments.output / f"{name}.json"
         path.write_text(json.dumps(record, indent=2))
         print(json.dumps(figures, indent=2))

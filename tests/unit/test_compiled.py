@@ -1,11 +1,14 @@
 """Models compiled by core's TorchCompileModel, and the three methods on them."""
 
+import threading
+
 import comfy.model_management
 import comfy.model_patcher
 import pytest
 import torch
 from artifact_guard.nodes.asced.guard import guard_model
 from artifact_guard.nodes.asced.options import GuardSettings
+from artifact_guard.nodes.compiled import as_written
 from artifact_guard.nodes.fam.attention import AttentionSettings, patch_attention
 from artifact_guard.nodes.tag.guidance import guide_model
 from artifact_guard.nodes.tag.settings import TagSettings
@@ -46,6 +49,29 @@ def compiled():
     with torch.inference_mode():
         assert torch.equal(sample(small, model, cfg=1.0), sample(small, cfg=1.0))
     return small, model
+
+
+def test_the_stance_of_the_process_outlives_no_thread():
+    """Two runs that overlap, as on two GPUs: the one that came first leaves first."""
+    compiled, (inside, left) = [], (threading.Event(), threading.Event())
+
+    def first():
+        with as_written():
+            inside.set()
+            second_in.wait(10)
+        left.set()
+
+    second_in, thread = threading.Event(), threading.Thread(target=first)
+    thread.start()
+    inside.wait(10)
+    with as_written():
+        second_in.set()
+        left.wait(10)
+        assert torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph)(torch.ones(2)).sum() == 4
+        assert not compiled
+    thread.join()
+    torch.compile(lambda x: x + 2, backend=lambda graph, _: compiled.append(graph) or graph)(torch.ones(2))
+    assert len(compiled) == 1
 
 
 def test_attention_patch_acts_on_a_compiled_model(compiled):

@@ -47,7 +47,9 @@ for name, kernels in KERNELS.items():
         for types_, constants in cases:
             given = iter(types_.split())
             signature = {a: "constexpr" if a in constants else TYPES[next(given)] for a in function.arg_names}
-            built = triton.compile(ASTSource(fn=function, signature=signature, constexprs=constants), target=GPUTarget("cuda", capability, 32))
+            options = {"num_warps": module.warps(constants["BLOCK"])} if hasattr(module, "warps") else {}
+            source_ = ASTSource(fn=function, signature=signature, constexprs=constants)
+            built = triton.compile(source_, target=GPUTarget("cuda", capability, 32), options=options)
             assert built.asm["cubin"], kernel
 print("all compiled")
 """

@@ -1,5 +1,6 @@
 """Each Triton form against its torch reference: interpreted on the CPU, and compiled with --gpu. And who is chosen when."""
 
+import importlib
 import os
 
 import pytest
@@ -132,6 +133,19 @@ def test_sample_quantile(name, share, device):
     assert_close(triton(values, share, valid[None]), reference(values, share, valid[None]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("share", [0.7, 0.3, 0.85, 0.1 + 0.2])
+def test_quantiles_of_all_counts_are_of_one_rank(share, device, monkeypatch):
+    """numpy's, torch's and Triton's, of as many values as give int(share * (n - 1)) another rank than whole numbers do."""
+    reference, triton = kernel("sample_quantile", device)
+    odd = [n for n in range(2, 4000) if int(share * (n - 1)) != (n - 1) * round(share * 1e6) // 10**6] or [11, 3999]
+    values = torch.arange(4000.0).expand(len(odd[:40]), -1)
+    valid = torch.arange(4000) < torch.tensor(odd[:40])[:, None]
+    wanted = reference(values, share, valid)
+    assert torch.equal(triton(values, share, valid), wanted)
+    monkeypatch.setattr(robust_threshold, "NUMPY_DEVICES", ())
+    assert torch.equal(reference(values, share, valid), wanted)
+
+
 # Regions, renoising, keys and values
 
 
@@ -175,6 +189,47 @@ def test_scale_pair(shape, axis, first, count, dtype, device):
 
 
 # The choice
+
+
+LARGEST = {
+    "Wan, 81 frames of 1280x720": (1, 21, 3600, 5120), "HunyuanVideo, 129 frames of 720p": (2, 33, 3600, 3072),
+    "Flux, 2560x2560": (8, 1, 25600, 3072),
+}
+"""Samples, frames, tokens of a frame and channels of keys."""
+
+
+def test_launches_are_within_what_a_gpu_takes(monkeypatch):
+    """2^31 - 1 programs on a grid's first axis and 65,535 on its others, of keys of videos and of the largest latents."""
+    grids = []
+
+    class Launch:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **keywords: None
+
+    def launched(name, *arguments):
+        module = importlib.import_module(f"{dispatch.KERNELS[name].__module__}_triton")
+        for own in [key for key, value in vars(module).items() if hasattr(value, "arg_names")]:
+            monkeypatch.setattr(module, own, Launch())
+        getattr(module, name)(*arguments)
+
+    for batch, frames, tokens, channels in LARGEST.values():
+        key = torch.empty(batch, frames * tokens, channels, dtype=torch.bfloat16, device="meta")
+        assert kv_scale.too_large([key]) is None
+        launched("scale_pair", key, key, torch.empty(batch, frames * tokens, device="meta"))
+    latent = torch.empty(8 * 21, 16, 256, 256, device="meta")
+    pixels = torch.empty(8, 3, 4096, 4096, device="meta")
+    for x in (latent, pixels):
+        plane = x[:, 0]
+        launched("change_maps", x, x)
+        launched("bend_map", x, x, x)
+        launched("change_speed", x, x, 2.0)
+        launched("renoise", x, x, x, plane > 0, 1.0, 1.0)
+        launched("label_regions", plane > 0)
+    assert len(grids) == 3 + 2 * (1 + 1 + 2 + 1 + 2)
+    for first, *others in grids:
+        assert 0 < first < 2**31 and all(0 < other < 2**16 for other in others), grids
+    assert "counts up to" in kv_scale.too_large([torch.empty(1, 2**21, 1024, device="meta")])
 
 
 def test_every_kernel_has_a_triton_form_of_the_same_signature():
@@ -233,6 +288,32 @@ def test_rows_that_do_not_fit_into_one_program_are_torchs(monkeypatch):
 
 def test_what_is_chosen_by_itself_has_a_triton_form():
     assert set(dispatch.FASTER) <= set(dispatch.KERNELS)
+
+
+class NoCompiler(RuntimeError):
+    pass
+
+
+def test_a_gpu_on_which_triton_does_not_work_is_torchs(monkeypatch):
+    """Too old, another make, or a kernel that cannot be built there: the smallest one is tried first, once."""
+    asked, device = [], torch.device("cpu")  # stands in for a GPU
+
+    def form(*arguments):
+        asked.append(arguments)
+        raise NoCompiler("Failed to find C compiler.\nPlease specify via CC")
+
+    told = dispatch.broken_on.__wrapped__
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(dispatch, "on_device", lambda *_: form)
+    assert told(device) == "Triton does not work here (NoCompiler: Failed to find C compiler.)" and len(asked) == 1
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    assert told(device) == "the Triton forms need compute capability 7.0 or newer" and len(asked) == 1
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "NVIDIA" in told(device) and len(asked) == 1
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    monkeypatch.setattr(dispatch, "on_device", lambda *_: lambda *_: None)
+    assert told(device) is None
 
 
 def test_interpreter_is_never_chosen_by_itself(monkeypatch):

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from artifact_guard.kernels import robust_threshold
 from artifact_guard.kernels.fill import fill_from_surroundings
 from artifact_guard.kernels.regions import close_square, grow_from, open_square
-from artifact_guard.kernels.robust_threshold import sample_quantile
+from artifact_guard.kernels.robust_threshold import median_and_mad, sample_quantile
 from artifact_guard.kernels.seams import border_jump
 from scipy import ndimage
 
@@ -94,3 +95,13 @@ def test_quantiles_are_numpys(share):
     masked = [np.quantile(v[m].numpy(), share, method="lower") for v, m in zip(values, valid)]
     assert np.allclose(sample_quantile(values, share, valid), masked)
     assert sample_quantile(values, share, torch.zeros_like(valid)).isnan().all()
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ()])
+def test_rows_of_nothing_give_nan(devices, monkeypatch):
+    """By numpy and by torch."""
+    monkeypatch.setattr(robust_threshold, "NUMPY_DEVICES", devices)
+    empty = torch.zeros(2, 0)
+    for given in ((empty,), (empty, empty > 0)):
+        assert all(x.shape == (2,) and x.isnan().all() for x in median_and_mad(*given))
+        assert sample_quantile(given[0], 0.7, *given[1:]).isnan().all()

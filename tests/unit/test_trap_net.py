@@ -5,6 +5,7 @@ import math
 import artifact_guard
 import pytest
 import torch
+from artifact_guard.kernels import local_net as local_net_module
 from artifact_guard.kernels.local_net import CLIP, DILATIONS, local_net
 from artifact_guard.kernels.score_dynamics import change_maps
 from artifact_guard.nodes.asced import learned
@@ -59,6 +60,28 @@ def test_network_is_what_its_formula_says():
                 x = x + layer("ctx", torch.nn.Linear, width, width)(x.mean((2, 3)))[:, :, None, None]
             x = x + layer(f"cs.{k}", torch.nn.Conv2d, width, width, 3, padding=dilation, dilation=dilation)(x).relu()
         torch.testing.assert_close(local_net(weights, maps), layer("out", torch.nn.Conv2d, width, 1, 1)(x)[:, 0])
+
+
+def test_network_in_double_precision_as_on_a_gpu(monkeypatch):
+    """The same logits, in float32; and no setting of the process is asked for or changed, whoever has changed it how."""
+    weights = trap_net(torch.device("cpu"))
+    maps = 2 * torch.randn(2, len(NAMES), 17, 30, generator=torch.Generator().manual_seed(1))
+    single = local_net(weights, maps)
+    monkeypatch.setattr(local_net_module, "DOUBLE_DEVICES", ("cpu",))
+    double = local_net(weights, maps)
+    assert double.dtype == torch.float32 and not torch.equal(double, single)
+    torch.testing.assert_close(double, single)
+    settings = getattr(torch.backends.cudnn, "conv", None)
+    if not hasattr(settings, "fp32_precision"):
+        return
+    before, settings.fp32_precision = settings.fp32_precision, "ieee"  # from then on the older way to ask raises
+    try:
+        for devices in (("cpu",), ()):
+            monkeypatch.setattr(local_net_module, "DOUBLE_DEVICES", devices)
+            assert torch.isfinite(local_net(weights, maps)).all()
+    finally:
+        settings.fp32_precision = before
+    assert settings.fp32_precision == before
 
 
 @pytest.mark.parametrize("change", ["scale", "channels", "size", "order"])
