@@ -5,13 +5,15 @@ from unittest import mock
 import comfy.samplers
 import pytest
 import torch
+from artifact_guard.kernels.dispatch import choose
+from artifact_guard.kernels.robust_threshold import sample_quantile
 from artifact_guard.kernels.score_dynamics import change_maps
 from artifact_guard.nodes.asced.guard import GuardedRun
 from artifact_guard.nodes.asced.options import AscedOptions
 from artifact_guard.nodes.asced.probe import keeps_to_schedule
 from artifact_guard.nodes.asced.watch import Watch, detector_class
 
-from tests.unit.guard_support import HEIGHT, KINDS, WIDTH, guard, ksampler, trapped_model
+from tests.unit.guard_support import BATCH, HEIGHT, KINDS, WIDTH, guard, ksampler, trapped_model
 
 OWN_STEPS = {"dpm_fast", "dpm_adaptive"}
 """Core's samplers that choose their sigmas themselves."""
@@ -49,9 +51,14 @@ def test_churn_and_foreign_samplers_are_read_off_the_device():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [1, 8])
 @pytest.mark.parametrize("detector", ["score dynamics", "clean estimate", "weighted score"])
-def test_same_mask_on_cpu_and_gpu(detector):
-    """The same estimates give the same mask on both, pixels within rounding of a threshold aside: they are counted."""
+def test_same_mask_on_cpu_and_gpu(detector, scale, masked):
+    """The same estimates give the same mask on both, pixels within rounding of a threshold aside: they are counted.
+
+    Also of latents so large that the Triton forms are chosen, and where only a part of them counts.
+    """
     guarded, report = guard(trapped_model(), options={"detector": detector}, sensitivity=1.0)
     seen, look = [], Watch.look
 
@@ -63,12 +70,18 @@ def test_same_mask_on_cpu_and_gpu(detector):
         ksampler(guarded)
     kind, record, masks = detector_class(AscedOptions(detector=detector)), report.runs[0], []
     settings, window = record.settings, record.window
+    counts = torch.rand(BATCH, scale * HEIGHT, scale * WIDTH, generator=torch.Generator().manual_seed(0)) < 0.9
     for device in ("cpu", "cuda"):
-        judge = kind(settings.options, settings.sensitivity, min(HEIGHT, WIDTH))
-        steps = [e._replace(x=e.x.to(device), denoised=e.denoised.to(device)) for e in seen[: window.correct_at + 1]]
+        def larger(x):
+            return x.to(device).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+
+        judge = kind(settings.options, settings.sensitivity, scale * min(HEIGHT, WIDTH))
+        steps = [e._replace(x=larger(e.x), denoised=larger(e.denoised)) for e in seen[: window.correct_at + 1]]
+        if device == "cuda" and scale > 1:
+            assert choose("sample_quantile", [steps[0].denoised[:, 0]], size_of=sample_quantile.size_of).backend == "triton"
         for number, (before, after) in enumerate(zip(steps, steps[1:])):
             if number >= window.detect_from:
-                judge.observe(before, after, None)
+                judge.observe(before, after, counts.to(device) if masked else None)
             judge.accompany(change_maps(after.denoised, before.denoised)[1])
         masks.append(judge.findings().regions.cpu())
     differing = int((masks[0] ^ masks[1]).sum())
