@@ -29,6 +29,21 @@ RECENT_RUNS: deque[tuple[type, object, RunRecord]] = deque(maxlen=64)
 cache while it keeps the sampler's output; the patch is then made anew, with an empty report, and finds its run here."""
 
 
+KEPT_BYTES = 2**30
+"""Of all tensors in the records of one list, about: a loop over videos must not fill the memory."""
+
+
+def forget_the_oldest(records: list[RunRecord]) -> int:
+    """How many of the first ones, which are the oldest, to let go of so that the rest holds no more than KEPT_BYTES; the last
+    one stays in any case."""
+    held = 0
+    for kept, record in enumerate(reversed(records)):
+        held += sum(value.nbytes for value in vars(record).values() if isinstance(value, torch.Tensor))
+        if held > KEPT_BYTES and kept > 0:
+            return len(records) - kept
+    return 0
+
+
 class RunReport(Generic[Record]):
     """The runs of one patched model, newest last. Filled while sampling runs, read by a report node afterwards.
 
@@ -50,6 +65,9 @@ class RunReport(Generic[Record]):
         record.close(output)
         self.runs.append(record)
         RECENT_RUNS.append((type(self), self.settings, record))
+        for runs, records in ((self.runs, list(self.runs)), (RECENT_RUNS, [entry[-1] for entry in RECENT_RUNS])):
+            for _ in range(forget_the_oldest(records)):
+                runs.popleft()
 
     def find(self, latent: dict) -> Record:
         """The record of the run that gave this LATENT; the newest one, with a note, if the latent was changed since.

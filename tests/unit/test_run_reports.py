@@ -1,0 +1,53 @@
+"""Records of runs are found again, and the oldest are let go of before they fill the memory."""
+
+from collections import deque
+
+import pytest
+import torch
+from artifact_guard.nodes import run_reports
+from artifact_guard.nodes.latents import FrameLayout
+from artifact_guard.nodes.run_reports import RunReport, fingerprint
+
+
+class Record:
+    """Holds a tensor of so many megabytes."""
+
+    def __init__(self, megabytes: int = 0):
+        self.layout, self.notes, self.fingerprint = FrameLayout.of([(1, 4, 8, 8)]), [], None
+        self.maps, self.nothing, self.words = torch.empty(megabytes, 2**20, dtype=torch.uint8, device="meta"), None, "words"
+
+    def close(self, output):
+        self.fingerprint = fingerprint(self.layout.frames(output))
+
+
+@pytest.fixture
+def recent(monkeypatch):
+    runs = deque(maxlen=64)
+    monkeypatch.setattr(run_reports, "RECENT_RUNS", runs)
+    return runs
+
+
+def filled(sizes):
+    """A report of runs of so many megabytes each, and their outputs."""
+    report, outputs = RunReport(("settings",), None), [torch.randn(1, 4, 8, 8) for _ in sizes]
+    for size, output in zip(sizes, outputs):
+        report.add(Record(size), output)
+    return report, outputs
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kept"), [([300] * 5, 3), ([1] * 5, 5), ([5000], 1), ([1, 5000], 1), ([5000, 1], 1), ([1000, 24, 1], 2), ([1000, 23], 2)]
+)
+def test_the_oldest_are_let_go_of(sizes, kept, recent):
+    report, outputs = filled(sizes)
+    assert len(report.runs) == len(recent) == kept
+    assert report.find({"samples": outputs[-1]}) is report.runs[-1] is recent[-1][-1]
+    assert len(report.find({"samples": outputs[0]}).notes) == (kept < len(sizes)), "one that is gone is not taken for another"
+
+
+def test_a_run_is_found_by_a_report_that_was_made_anew(recent):
+    _, outputs = filled([1, 1])
+    anew = RunReport(("settings",), None)
+    assert anew.find({"samples": outputs[0]}) is recent[0][-1]
+    with pytest.raises(ValueError, match="This report is empty"):
+        RunReport(("other settings",), None).find({"samples": outputs[0]})
