@@ -69,10 +69,29 @@ def save_model_file(folder: str, filename_prefix: str, kind: str, tensors: dict,
     root = folder_paths.get_folder_paths(folder)[0]
     if not is_inside(os.path.join(root, filename_prefix), root):
         raise ValueError(f"filename_prefix is {filename_prefix!r}, which links lead out of models/{folder}. Give another name.")
-    path_folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
-    path = os.path.join(path_folder, f"{name}_{counter:05}_{EXTENSION}")
-    write_model_file(path, kind, tensors, settings)
+    prefix = str(PurePosixPath(filename_prefix.replace("\\", "/")))  # without a slash at its end: the number follows the name
+    try:
+        path_folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+        path = free_path(path_folder, name, counter)
+        write_model_file(path, kind, tensors, settings)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"filename_prefix is {filename_prefix!r}: no file of this name can be written under models/{folder} ({error}). Give a "
+            "shorter name, or one whose folders are no files, and see that the disk is not full."
+        ) from error
     return path
+
+
+def free_path(folder: str, name: str, counter: int) -> str:
+    """A file that was not there, NAME_00001_.safetensors or with the next free number. It is made here, empty, in one move: nobody
+    else can take the name meanwhile, and no file is ever overwritten, however the disk tells names apart."""
+    while True:
+        path = os.path.join(folder, f"{name}_{counter:05}_{EXTENSION}")
+        try:
+            open(path, "xb").close()
+            return path
+        except FileExistsError:
+            counter += 1
 
 
 def write_model_file(path: str, kind: str, tensors: dict, settings: dict) -> None:
@@ -83,8 +102,9 @@ def write_model_file(path: str, kind: str, tensors: dict, settings: dict) -> Non
         comfy.utils.save_torch_file(tensors, partial, metadata={KIND_KEY: kind, SETTINGS_KEY: json.dumps(settings)})
         os.replace(partial, path)
     finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+        for left in (partial, path):
+            if os.path.exists(left) and (left == partial or os.path.getsize(left) == 0):
+                os.remove(left)
 
 
 def load_model_file(folder: str, name: str, kind: str) -> tuple[dict[str, torch.Tensor], dict]:

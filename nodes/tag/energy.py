@@ -98,8 +98,8 @@ class Disturbance(NamedTuple):
         rest = torch.addcmul(both, parts.reshape(*parts.shape, *[1] * (anchor.ndim - 1)), anchor.float(), value=-1.0)
         energies = mean_square(rest, weight, dims=anchor.ndim).clamp_min(1e-12)
         common = mean_product(rest[0], rest[1], weight).square() / energies.prod(dim=0)  # r^2
-        lost = shares[1] - shares[0] - course.leeway
-        gaps = torch.stack([lost, energies.log().diff(dim=0)[0] * -0.5])
+        lost = (shares[1].clamp_max(1.0) - shares[0] - course.leeway).clamp_max(1.0)
+        gaps = torch.stack([lost, torch.log(energies[0] / torch.maximum(energies[1], step.v)) * 0.5])
         chance = torch.stack([step.v / (step.alpha * whole), (1.0 - common).clamp_min(0.0)]) / dimensions
         lost, grown = beyond_chance(gaps, chance)
         kept = 1.0 - lost.clamp_max(0.9)

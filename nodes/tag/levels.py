@@ -13,6 +13,10 @@ import torch
 LOG_SNR_RANGE = (-8.0, 10.0)
 """Levels beyond are left out: v is then within 0.0004 of pure noise, or the noise under 0.7 % of the signal."""
 
+DEEPEST = -20.0
+"""Of the levels of a run's own steps, of which many begin with more noise than any grid: how much signal a sample has
+there, alpha down to 0.00005, counts for what follows."""
+
 CLASSES = 256
 """Levels of a grid. On Stable Diffusion's schedule they lie 0.049 apart, 2.5 % in the noise's size."""
 
@@ -107,10 +111,10 @@ def coefficients(model_sampling, sigma: torch.Tensor, units: tuple | None = None
     return model_sampling.noise_scaling(torch.cat([sigma, sigma]), noise.clone(), signal).reshape(2, -1)
 
 
-def log_snr(of_both: torch.Tensor) -> torch.Tensor:
-    """2 ln(a / b) (B,) of a and b (2, B), kept within LOG_SNR_RANGE."""
+def log_snr(of_both: torch.Tensor, lowest: float = LOG_SNR_RANGE[0]) -> torch.Tensor:
+    """2 ln(a / b) (B,) of a and b (2, B), kept within LOG_SNR_RANGE, or above another lowest one."""
     a, b = of_both.clamp_min(1e-12).log()
-    return (2.0 * (a - b)).clamp(*LOG_SNR_RANGE)
+    return (2.0 * (a - b)).clamp(lowest, LOG_SNR_RANGE[1])
 
 
 def alpha_and_variance(level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .levels import Line, Schedule, coefficients, log_snr, signal_and_noise
+from .levels import DEEPEST, Line, Schedule, coefficients, log_snr, signal_and_noise
 from .posterior import column
 
 
@@ -22,7 +22,7 @@ class Process:
     def level_and_scale(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """log-SNR, and sqrt(a^2 + b^2), x = scale * u, each (B,), at sigmas (B,)."""
         both = self._coefficients(sigma)
-        return log_snr(both), torch.linalg.vector_norm(both, dim=0)
+        return log_snr(both, DEEPEST), torch.linalg.vector_norm(both, dim=0)
 
     def scale(self, sigma: torch.Tensor) -> torch.Tensor:
         """sqrt(a^2 + b^2) alone."""
