@@ -114,9 +114,8 @@ def load_model_file(folder: str, name: str, kind: str) -> tuple[dict[str, torch.
         ValueError: no such file, a name that points outside the folder, a damaged file, or one of another kind.
     """
     check_name(name, "name", folder)
-    path = folder_paths.get_full_path(folder, name)
-    roots = folder_paths.get_folder_paths(folder)
-    if path is None or not any(is_inside(path, root) for root in roots):
+    path = folder_paths.get_full_path(folder, name)  # which may be a link, as many keep their models on another disk
+    if path is None:
         raise ValueError(f"name is {name!r}: there is no such file under models/{folder}. Choose one from the list.")
     return read_model_file(path, name, kind)
 

@@ -3,7 +3,13 @@
 import torch
 
 from .levels import Step
-from .posterior import column
+from .posterior import column, mean_product, mean_square
+
+
+def projection(x: torch.Tensor, onto: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """The part of x (B, ...) that is a multiple of another, sample by sample."""
+    share = mean_product(x, onto, weight) / mean_square(onto, weight).clamp_min(1e-30)
+    return column(share, onto) * onto
 
 
 class Course:
@@ -12,33 +18,38 @@ class Course:
         u' = sqrt(v' / v) * u + (alpha' - sqrt(v' / v) * alpha) * D.
 
     What lies beside it was done by something else: a disturbance, the correction of one, the noise that an ancestral sampler
-    adds, the higher order of another one. The way begins at the last call that had more noise: Heun's method asks twice at
+    adds. A method of higher order adds multiples of the last differences of D, its turns: whatever of the sample beside the
+    course is a multiple of the last two is taken as the course's own. The way begins at the last call that had more noise: Heun's method asks twice at
     a level, the second time anew from the step before. Two calls are kept; where neither had more noise, as when a sampler
     goes far back, the course begins again at the sample.
 
     A method of higher order reckons with how D changes, and may have less of it in its sample than the course by about as
     much as D changed from one call to the next; at the start it may have none of it. `leeway` adds that up.
 
-    u: the course's sample, (B, ...) float32. leeway: (B,), in shares of D's length. denoised: D of the last call.
+    u: the course's sample, (B, ...) float32. turn: the last difference of D, in bfloat16, for the next step. leeway: (B,), in shares of D's length. denoised: D of the last call.
     """
 
     def __init__(self):
         self.u: torch.Tensor | None = None
         self.leeway: torch.Tensor | None = None
         self.denoised: torch.Tensor | None = None
+        self.turn: torch.Tensor | None = None
         self._calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # terms (4, B), u and D of each
 
-    def go_to(self, step: Step, u: torch.Tensor) -> None:
-        """On to this step; to the first one, where it begins at u (B, ...)."""
+    def go_to(self, step: Step, u: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """On to this step; to the first one, where it begins at u (B, ...). weight: which positions count, as in mean_square."""
         if self._calls and self._calls[-1][1].shape != u.shape:
             self._calls = []
         if not self._calls:
-            self.u, self.leeway, self.denoised = u, torch.ones_like(step.v), None
+            self.u, self.leeway, self.denoised, self.turn = u, torch.ones_like(step.v), None, None
             return
         each = (-1, *[1] * (u.ndim - 1))
         terms, course, denoised = self._calls[-1]
+        turns = []
         if len(self._calls) == 2:  # the earlier one is let go of here: while the model is asked, one is kept
             earlier = self._calls.pop(0)
+            turns = [denoised - earlier[2]] + ([] if self.turn is None else [self.turn.float()])
+            self.turn = turns[0].bfloat16()
             falls = step.v < terms[1]
             terms, falls = torch.where(falls, terms, earlier[0]), falls.reshape(each)
             course, denoised = torch.where(falls, course, earlier[1]), torch.where(falls, denoised, earlier[2])
@@ -46,6 +57,10 @@ class Course:
         left = (step.v / v).sqrt()
         moved = step.alpha - left * alpha
         along = torch.addcmul(column(left, u) * course, column(moved, u), denoised)
+        for number, turn in enumerate(turns):
+            if number:  # what the newer one does not tell already
+                turn = turn - projection(turn, turns[0], weight)
+            along = along + projection(u - along, turn, weight)
         self.u = torch.where((step.v < v).reshape(each), along, u)
         self.leeway = torch.lerp(leeway, change, (moved / step.alpha).clamp_min(0.0))
 

@@ -100,7 +100,8 @@ class Disturbance(NamedTuple):
         common = mean_product(rest[0], rest[1], weight).square() / energies.prod(dim=0)  # r^2
         lost = (shares[1].clamp_max(1.0) - shares[0] - course.leeway).clamp_max(1.0)
         gaps = torch.stack([lost, torch.log(energies[0] / torch.maximum(energies[1], step.v)) * 0.5])
-        chance = torch.stack([step.v / (step.alpha * whole), (1.0 - common).clamp_min(0.0)]) / dimensions
+        apart = (1.0 - common).clamp_min(0.0)
+        chance = torch.stack([(1.0 + 17.0 * apart) * step.v / (step.alpha * whole), apart]) / dimensions
         lost, grown = beyond_chance(gaps, chance)
         kept = 1.0 - lost.clamp_max(0.9)
         return cls(2.0 * (grown - kept.log()), kept)
@@ -154,7 +155,7 @@ class EnergyEstimator:
         """What is known before the model is asked; None at the first step: nothing was added yet."""
         if self._step is None:
             self._step = Step.at(level)
-            self.course.go_to(self._step, u)
+            self.course.go_to(self._step, u, self.weight)
             if self.anchor is not None and self.anchor.shape == u.shape:
                 self._before = Disturbance.of(
                     u, self.course, self._step, self.anchor, self.of_anchor, self.weight, self._dimensions(u)

@@ -27,6 +27,9 @@ from .time_gap import RunRecord, TimeGapReport
 
 WRAPPER_KEY = "artifact_guard.tag"
 
+PAINTED = 0.999
+"""Of an inpainting mask, from where on a place is wholly painted."""
+
 
 def guide_model(model, settings: TagSettings, predictor: TimePredictor | None = None):
     """A clone of the model that is guided whenever it is sampled, and the report of its time gaps.
@@ -102,7 +105,8 @@ class GuidedRun:
         self.sigma_start, self.sigma_end = (float(limit) for limit in limits)
         weight = None
         if denoise_mask is not None:
-            weight = (denoise_mask.to(device) > 0).float()
+            # Where a mask is soft the sampler goes on with a mixture of the estimate and the latent, not with the estimate.
+            weight = (denoise_mask.to(device) >= PAINTED).float()
         energy = EnergyEstimator(weight, float(record.schedule.log_snr.min()))
         if predictor is None:
             self.steering = Steering(settings, energy)

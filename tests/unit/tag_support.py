@@ -71,8 +71,8 @@ def run(patcher, sampler="euler", noise=None, shape=(2, 3, SIZE, SIZE), steps=8,
         sampler = noisy_euler(noise)
     elif isinstance(sampler, str):
         sampler = comfy.samplers.sampler_object(sampler)
-    latent = torch.zeros(shape)
-    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", steps)
+    latent, scheduler = torch.zeros(shape), more.pop("scheduler", "simple")
+    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), scheduler, steps)
     with torch.inference_mode():
         return comfy.sample.sample_custom(
             patcher, comfy.sample.prepare_noise(latent, seed), cfg, sampler, sigmas,

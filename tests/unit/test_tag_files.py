@@ -7,10 +7,11 @@ import folder_paths
 import pytest
 import torch
 from artifact_guard.nodes.demo.model import load_demo_model
+from artifact_guard.nodes.model_files import save_model_file
 from artifact_guard.nodes.tag.compatibility import check_predictor
 from artifact_guard.nodes.tag.predictor_files import FOLDER, from_state, load_predictor, predictor_names, state_of
 from artifact_guard.nodes.tag.schema import TAGLoadTimePredictor, TAGSaveTimePredictor
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.unit.tag_support import fresh_predictor, model, trainer
 
@@ -60,6 +61,28 @@ def test_saving_never_overwrites(folder):
     assert files(folder) == [f"mine_0000{n}_.safetensors" for n in (1, 2, 3)]
     TAGSaveTimePredictor.execute(predictor, "deep/er")
     assert "deep/er_00001_.safetensors" in files(folder)
+
+
+@pytest.mark.parametrize("again", ["mine", "mine/", "./mine", "mine//"])
+def test_however_the_prefix_is_written_no_file_is_overwritten(folder, again):
+    first = save_model_file("time_predictors", "mine", "kind", {"x": torch.zeros(1)}, {})
+    second = save_model_file("time_predictors", again, "kind", {"x": torch.ones(1)}, {})
+    assert second != first and second.endswith("mine_00002_.safetensors")
+    assert load_file(first)["x"] == 0 and load_file(second)["x"] == 1
+
+
+def test_a_number_that_somebody_else_took_is_passed_over(folder, monkeypatch):
+    """As on a disk that tells no large from small letters, where core counts wrongly."""
+    monkeypatch.setattr(folder_paths, "get_save_image_path", lambda prefix, root: (root, prefix, 1, "", prefix))
+    paths = [save_model_file("time_predictors", "mine", "kind", {"x": torch.full((1,), n)}, {}) for n in (1.0, 2.0, 3.0)]
+    assert len(set(paths)) == 3 and [load_file(path)["x"] for path in paths] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("prefix", ["x" * 300, "taken_00001_.safetensors/y"])
+def test_a_name_that_cannot_be_written_is_told(folder, prefix):
+    save_model_file("time_predictors", "taken", "kind", {"x": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="filename_prefix is .*no file of this name can be written"):
+        save_model_file("time_predictors", prefix, "kind", {"x": torch.zeros(1)}, {})
 
 
 @pytest.mark.parametrize("name", ["../out", "a/../../out", "/etc/out", "C:\\out", "C:out", "..\\out", "", "a\nb"])

@@ -11,6 +11,7 @@ from artifact_guard.nodes.asced.guard import guard_model
 from artifact_guard.nodes.asced.options import GuardSettings
 from artifact_guard.nodes.demo.model import class_token, load_demo_model
 from artifact_guard.nodes.latents import FrameLayout
+from artifact_guard.nodes.tag import energy
 from artifact_guard.nodes.tag.guidance import WRAPPER_KEY
 from artifact_guard.nodes.tag.judge import Judge
 from artifact_guard.nodes.tag.predictor_files import load_predictor
@@ -68,6 +69,46 @@ def test_fresh_noise_of_a_sampler_is_no_disturbance(sampler):
     guided = run(guide(bare)[0], sampler=sampler, steps=12)
     torch.manual_seed(0)
     assert (guided - run(bare, sampler=sampler, steps=12)).square().mean().sqrt().item() < 0.02
+
+
+def zero_terminal_snr():
+    """A model of velocities whose first step has no signal at all."""
+    class Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
+        pass
+
+    bare = model("v").clone()
+    bare.add_object_patch("model_sampling", Sampling(bare.model.model_config, zsnr=True))
+    return bare
+
+
+CALM = ("euler_ancestral", "heun", "dpm_2_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "res_multistep_ancestral",
+        "sa_solver", "uni_pc", "deis")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "zero SNR"])
+@pytest.mark.parametrize("sampler", CALM)
+def test_nothing_is_found_in_undisturbed_runs(kind, sampler, monkeypatch):
+    """Schedules that begin far beyond the grid of levels, few steps, high orders, fresh noise: none of it is a disturbance, and
+    no correction is taken for one that asks for the next."""
+    found, of = [], energy.Disturbance.of.__func__
+
+    def noted(cls, *arguments):
+        found.append(of(cls, *arguments))
+        return found[-1]
+
+    monkeypatch.setattr(energy.Disturbance, "of", classmethod(noted))
+    bare = zero_terminal_snr() if kind == "zero SNR" else model(kind)
+    for scheduler, steps in (("karras", 12), ("normal", 20)):
+        settings = {"sampler": sampler, "scheduler": scheduler, "steps": steps}
+        outputs = []
+        for patched in (bare, guide(bare, strength=0.0)[0], guide(bare)[0]):
+            found.clear()
+            torch.manual_seed(0)
+            outputs.append(run(patched, **settings))
+            if len(outputs) == 2:
+                surplus = torch.stack([each.surplus for each in found])
+        assert surplus.mean() < 0.03 and surplus.max() < 0.6, (scheduler, surplus.max())
+        assert outputs[2].abs().max() < 1.3 * outputs[0].abs().max().clamp_min(1.0), scheduler
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -260,6 +301,16 @@ def test_inpainting_measures_only_where_it_paints():
     assert torch.equal(
         run(guided, latent=given, noise_mask=mask), run(bare, latent=given, noise_mask=mask))
     assert report.runs[0].gaps()[-1].max() < 50 and report.runs[0].time_gap() < 150
+
+
+@pytest.mark.parametrize("edge", [0.0, 0.5, 0.9])
+def test_a_soft_mask_is_no_disturbance(edge):
+    """At a soft edge the sampler goes on with a mixture of the estimate and the given picture."""
+    bare = model("eps", labels=torch.arange(12) % 2)
+    mask = torch.full((2, 1, SIZE, SIZE), edge)
+    mask[..., 4:12, 4:12] = 1.0
+    settings = {"latent": images()[:2].flip(-1), "noise_mask": mask, "cfg": 3.0, "steps": 12}
+    assert torch.allclose(run(guide(bare)[0], **settings), run(bare, **settings), atol=1e-3)
 
 
 def test_stacks_with_guard_and_with_other_patches_and_cfg():

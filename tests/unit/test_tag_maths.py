@@ -196,7 +196,7 @@ def test_what_the_model_saw_too_late_is_not_lost(factor):
     """After large steps the sample has a fifth of the signal that the model sees then. Only what it had and lost counts."""
     _, anchor = noise_at(0.1, 3 * 64 * 64)
     found, leeway = third_step(factor, 0.2 * anchor, anchor, math.log(9))
-    assert found.kept.item() == pytest.approx(min(1.0, factor + leeway), abs=0.01)
+    assert found.kept.item() == pytest.approx(min(1.0, factor + leeway), abs=0.02)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])
