@@ -131,6 +131,8 @@ def read_model_file(path: str, name: str, kind: str) -> tuple[dict[str, torch.Te
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         settings = json.loads(metadata.get(SETTINGS_KEY, "{}"))
+        if not isinstance(settings, dict):
+            raise ValueError("its settings are no table")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{name} cannot be read as a safetensors file ({error}). It is damaged or of another format: copy or save it again."

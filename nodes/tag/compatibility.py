@@ -1,5 +1,7 @@
 """Is this predictor for this model? Says so in words and names both."""
 
+import statistics
+
 import torch
 
 from .levels import TIMES, Schedule
@@ -8,8 +10,11 @@ from .predictor import ModelKind, TimePredictor
 SCHEDULE_TIMES = torch.linspace(0.0, TIMES, 9)
 
 SCHEDULE_TOLERANCE = 1.25
-"""Mean difference in log-SNR up to which two schedules are one. Levels are log-SNRs, so that the shift that flow models
-take for another resolution does no harm: Flux at 512 and at 1024 pixels lie 1.0 apart."""
+"""Mean difference in log-SNR up to which two schedules are one."""
+
+SHIFTED = ("FLOW", "FLUX")
+"""Prediction types whose schedules are shifted for another resolution (ModelSamplingFlux, ModelSamplingSD3): all log-SNRs by as
+much. Levels are log-SNRs, so that such a shift does no harm, and does not count."""
 
 
 def kind_of(model) -> ModelKind:
@@ -27,7 +32,9 @@ def kind_of(model) -> ModelKind:
 def check_predictor(predictor: TimePredictor, model, name: str = "time_predictor") -> None:
     """Raise ValueError unless the predictor was trained for this kind of model."""
     own, wanted = predictor.kind, kind_of(model)
-    apart = sum(abs(x - y) for x, y in zip(own.schedule, wanted.schedule)) / len(wanted.schedule)
+    apart = [x - y for x, y in zip(own.schedule, wanted.schedule)]
+    shift = statistics.median(apart) if own.prediction_type in SHIFTED else 0.0
+    apart = sum(abs(each - shift) for each in apart) / len(apart)
     differences = [
         f"{what} {theirs}, while the model has {ours}"
         for what, theirs, ours, same in (

@@ -1,11 +1,13 @@
 """Time predictors as files under models/time_predictors: tensors and words, never code."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from ..model_files import file_names, load_model_file, register_folder, save_model_file
+from .compatibility import SCHEDULE_TIMES
 from .predictor import ModelKind, TimePredictor, TrainingState, build_network
 
 FOLDER = "time_predictors"
@@ -28,7 +30,17 @@ def predictor_names() -> list[str]:
 
 
 def save_predictor(predictor: TimePredictor, filename_prefix: str) -> Path:
-    """Write to models/time_predictors under a new number; nothing that is there is touched. Gives the file's path."""
+    """Write to models/time_predictors under a new number; nothing that is there is touched. Gives the file's path.
+
+    Raises:
+        ValueError: the predictor holds NaN or infinite values, or the name is none.
+    """
+    broken = [name for name, weight in predictor.network.state_dict().items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise ValueError(
+            f"time_predictor: {broken[0]} holds NaN or infinite values, so it was not saved. Its training went wrong: train it "
+            "again with a lower learning_rate."
+        )
     return Path(save_model_file(FOLDER, filename_prefix, KIND, *state_of(predictor)))
 
 
@@ -46,7 +58,7 @@ def load_predictor(name: str) -> TimePredictor:
         raise ValueError(f"{name} is of version {version}, this pack reads {VERSION}. {advice}")
     try:
         return from_state(tensors, about)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{name} is not a whole time predictor: {error}. Train and save a new one.") from error
 
 
@@ -82,6 +94,10 @@ def from_state(tensors: dict[str, torch.Tensor], about: dict) -> TimePredictor:
     kind = ModelKind(str(told["latent_format"]), int(told["channels"]), str(told["prediction_type"]), schedule)
     shape = (kind.channels, int(about["classes"]), int(about["condition_dim"]))
     low, high = map(float, about["levels"])
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"its levels go from {low} to {high}")
+    if len(schedule) != len(SCHEDULE_TIMES) or not all(map(math.isfinite, schedule)):
+        raise ValueError(f"its schedule has {len(schedule)} entries where {len(SCHEDULE_TIMES)} numbers are wanted")
     with torch.inference_mode(False):
         network = build_network(parts["network"], *shape)
         training = None

@@ -39,7 +39,10 @@ class RunRecord:
         """The run is over: times (S, B) of its steps and of its samples, on the CPU."""
         if self.layout is None:
             return
-        self.fingerprint = fingerprint(self.layout.frames(output))
+        frames = self.layout.frames(output)
+        self.fingerprint = fingerprint(frames)
+        if not torch.isfinite(frames).all():
+            self.notes.append("The run's own result holds NaN or infinite values: its time gaps say nothing.")
         if self.steps:
             steps, samples = (torch.stack(values).cpu() for values in zip(*self.steps))
             self.times, self.estimates = self.schedule.time(steps), self.schedule.time(samples)

@@ -12,11 +12,11 @@ import comfy.model_management
 import comfy.utils
 
 from ..cancelled import CancelledRuns
-from ..latents import check_latent
+from ..latents import FrameLayout, check_latent
 from ..plots import Panel, draw_chart
 from ..run_reports import image_part
 from .compatibility import check_predictor, kind_of
-from .levels import Schedule
+from .levels import TIMES, Schedule
 from .predictor import TimePredictor
 from .training import Trainer, TrainingData, TrainingSettings, held_out_time_gap, new_predictor
 
@@ -24,6 +24,10 @@ TimePredictorType = io.Custom("TIME_PREDICTOR")
 
 CANCELLED = CancelledRuns()
 PREVIEW_EVERY = 50
+GUESS = TIMES / 4
+"""The mean gap of who says the middle of the schedule every time."""
+LARGEST = 1e4
+"""Of what a model works on, in its own latent space."""
 CURVE_POINTS = 200
 
 
@@ -36,8 +40,16 @@ def clean_frames(model, latents: dict) -> tuple[torch.Tensor, int]:
     layout, samples = image_part(latents)
     if layout is None or len(samples) == 0:
         raise ValueError("latents: an empty batch, or one without an image part, came. Clean latents of images are wanted.")
-    check_latent(samples, model.get_model_object("latent_format"), nested=False)
-    return layout.frames(model.model.process_latent_in(samples.float().cpu())).clone(), layout.frames_per_sample
+    latent_format = model.get_model_object("latent_format")
+    check_latent(samples, latent_format, nested=False)
+    if samples.ndim == 4 and getattr(latent_format, "latent_dimensions", 2) == 3:
+        samples = samples.unsqueeze(2)  # one frame each
+        layout = FrameLayout.of([samples.shape])
+    samples = model.model.process_latent_in(samples.float().cpu())
+    largest = samples.abs().amax().item()
+    if largest > LARGEST:
+        raise ValueError(f"latents: values up to {largest:.3g} came; those of images stay within about 30. Encode the images again.")
+    return layout.frames(samples).clone(), layout.frames_per_sample
 
 
 def training_data(model, latents: list[dict], conditioning: list | None) -> TrainingData:
@@ -66,7 +78,7 @@ def training_data(model, latents: list[dict], conditioning: list | None) -> Trai
         )
     if conditioning is None:
         return TrainingData(frames)
-    means = torch.cat([tokens.detach().float().cpu().mean(dim=1) for tokens, _ in conditioning])
+    means = condition_means(conditioning)
     frames_of = torch.tensor([length for part, length in zip(parts, lengths) for _ in range(len(part) // length)])
     if len(means) == len(frames_of):
         means = means.repeat_interleave(frames_of, dim=0)
@@ -76,6 +88,30 @@ def training_data(model, latents: list[dict], conditioning: list | None) -> Trai
             f"each, in the same order (as a list, or put together by Conditioning Combine)."
         )
     return TrainingData(frames, means.expand(len(frames), -1).clone())
+
+
+def condition_means(conditioning: list) -> torch.Tensor:
+    """The mean over tokens of each condition, (N, D).
+
+    Raises:
+        ValueError: no text encoder output, NaN in it, or conditions of several widths.
+    """
+    means = []
+    for entry in conditioning:
+        tokens = entry[0]
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3 or tokens.numel() == 0:
+            raise ValueError(
+                "conditioning: an entry without text encoder output came. Connect a CLIP Text Encode whose clip comes from the same "
+                "checkpoint as the model, or nothing."
+            )
+        if not torch.isfinite(tokens).all():
+            raise ValueError("conditioning: the text encoder's output holds NaN or infinite values. Run the text encoder in fp32.")
+        means.append(tokens.detach().float().cpu().mean(dim=1))
+    widths = sorted({mean.shape[1] for mean in means})
+    if len(widths) != 1:
+        told = f"widths {widths[0]} and {widths[1]}" if widths else "no condition"
+        raise ValueError(f"conditioning: {told} came. Give the output of one text encoder for all latents, or leave it unconnected.")
+    return torch.cat(means)
 
 
 def loss_curve(losses: list[float], title: str) -> torch.Tensor:
@@ -197,6 +233,8 @@ def train(
     title = f"{len(losses)} steps, {result.steps} in all; held-out time gap {gap:.1f}"
     if cancelled:
         title = f"Cancelled after {len(losses)} of {settings.steps} steps; what was learned is kept. Time gap {gap:.1f}"
+    if not gap < GUESS:
+        title += ". No better than a guess: train longer, or with a lower learning_rate"
     logging.info("Time predictor: %s", title)
     return result, loss_curve(losses, title), gap, cancelled
 

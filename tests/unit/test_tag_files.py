@@ -7,8 +7,8 @@ import folder_paths
 import pytest
 import torch
 from artifact_guard.nodes.demo.model import load_demo_model
-from artifact_guard.nodes.model_files import save_model_file
-from artifact_guard.nodes.tag.compatibility import check_predictor
+from artifact_guard.nodes.model_files import KIND_KEY, SETTINGS_KEY, save_model_file
+from artifact_guard.nodes.tag.compatibility import check_predictor, kind_of
 from artifact_guard.nodes.tag.predictor_files import FOLDER, from_state, load_predictor, predictor_names, state_of
 from artifact_guard.nodes.tag.schema import TAGLoadTimePredictor, TAGSaveTimePredictor
 from safetensors.torch import load_file, save_file
@@ -120,6 +120,23 @@ def test_foreign_files(folder):
         load_predictor("missing.safetensors")
 
 
+def test_a_link_to_another_disk_is_followed(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("disk") / "real.safetensors"
+    path = saved(folder)
+    path.rename(elsewhere)
+    try:
+        (folder / "linked.safetensors").symlink_to(elsewhere)
+    except OSError:
+        pytest.skip("this system permits no links")
+    assert load_predictor("linked.safetensors").kind == kind_of(model())
+
+
+def test_settings_that_are_no_table(folder):
+    save_file({"a": torch.zeros(1)}, folder / "list.safetensors", metadata={KIND_KEY: "time predictor", SETTINGS_KEY: "[]"})
+    with pytest.raises(ValueError, match="list.safetensors cannot be read.*no table"):
+        load_predictor("list.safetensors")
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda tensors, about: tensors.pop("network.head.bias"), "head.bias"),
     (lambda tensors, about: tensors.update({"network.head.bias": torch.zeros(3)}), "head.bias"),
@@ -128,6 +145,9 @@ def test_foreign_files(folder):
     (lambda tensors, about: about["model"].update(channels=4), "blocks.0.weight"),
     (lambda tensors, about: tensors.update({"else.x": torch.zeros(1)}), "else"),
     (lambda tensors, about: tensors.pop("second.head.bias"), "head.bias"),
+    (lambda tensors, about: about.update(levels=[float("nan"), 1.0]), "levels"),
+    (lambda tensors, about: about.update(levels=[2.0, 1.0]), "levels"),
+    (lambda tensors, about: about["model"].update(schedule=[]), "schedule has 0 entries"),
 ])
 def test_incomplete_contents(change, message):
     tensors, about = state_of(trained())

@@ -1,5 +1,7 @@
 """The time predictor and its training: any size and channels, seeded, resumable, kept when cancelled."""
 
+from dataclasses import replace
+
 import comfy.model_management
 import comfy.utils
 import pytest
@@ -11,12 +13,14 @@ from artifact_guard.nodes.tag.levels import Schedule, alpha_and_variance
 from artifact_guard.nodes.tag.predictor import (
     PER_CHANNEL, TimeNetwork, build_network, cosine_filters, evening_map, initial_weights,
 )
+from artifact_guard.nodes.tag.predictor_files import save_predictor
 from artifact_guard.nodes.tag.schema import TAGTrainTimePredictor
 from artifact_guard.nodes.tag.training import TrainingData, held_out_time_gap, log_posterior, noised, shared_between_classes
 
 from tests.exact.denoiser import ExactDenoiser
 from tests.exact.model import conditioning, exact_model
 from tests.exact.time_posterior import log_time_posterior
+from tests.small_models import small_model
 from tests.unit.tag_support import fresh_predictor, guide, images, model, trainer
 
 
@@ -325,6 +329,51 @@ def test_a_predictor_for_another_latent_format_of_as_many_channels_is_refused():
 def test_shift_of_a_flow_model_is_no_other_schedule():
     """The levels are log-SNRs: the shift for another resolution does no harm."""
     predictor = fresh_predictor(model("flow", sampling_settings={"shift": 1.0}))
-    guide(model("flow", sampling_settings={"shift": 1.6}), predictor)
+    for shift in (1.6, 3.0, 8.0):
+        guide(model("flow", sampling_settings={"shift": shift}), predictor)
+    predictor.kind = replace(predictor.kind, schedule=tuple(0.4 * level for level in predictor.kind.schedule))
     with pytest.raises(ValueError, match="noise schedule"):
-        guide(model("flow", sampling_settings={"shift": 8.0}), predictor)
+        guide(model("flow", sampling_settings={"shift": 1.0}), predictor)
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "words"),
+    [
+        ([], "no condition came"),
+        ([[None, {}]], "without text encoder output"),
+        ([[torch.randn(1, 5), {}]], "without text encoder output"),
+        ([[torch.full((1, 7, 5), torch.nan), {}]], "NaN"),
+        ([[torch.randn(1, 7, 5), {}], [torch.randn(1, 7, 6), {}]], "widths 5 and 6 came"),
+    ],
+)
+def test_conditions_that_are_none_are_told(conditioning, words):
+    with pytest.raises(ValueError, match=f"conditioning: .*{words}"):
+        train_node_run(conditioning=conditioning)
+
+
+def test_values_that_no_latent_has_are_told():
+    with pytest.raises(ValueError, match="latents: values up to 1e[+]25 came"):
+        train_node_run(latents={"samples": torch.full((4, 3, 16, 16), 1e25)})
+
+
+def test_pictures_are_videos_of_one_frame_to_a_video_model():
+    """As core's VAE Encode gives them for Qwen-Image, and its Empty Latent Image."""
+    small = small_model("qwen_image")
+    pictures = torch.randn(4, small.channels, 16, 16)
+    predictor, _, _ = train_node_run(small.model, {"samples": pictures})
+    again, _, _ = train_node_run(small.model, {"samples": pictures.unsqueeze(2)})
+    assert predictor.kind.channels == small.channels and equal(weights(predictor), weights(again))
+
+
+def test_training_that_learned_nothing_says_so(caplog):
+    caplog.set_level("INFO")
+    train_node_run(learning_rate=1.0, steps=3)
+    assert "No better than a guess: train longer, or with a lower learning_rate" in caplog.text
+
+
+def test_a_predictor_that_is_no_number_is_not_saved(tmp_path):
+    predictor = fresh_predictor(model())
+    with torch.inference_mode(False), torch.no_grad():
+        next(predictor.network.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="time_predictor: .* holds NaN .* was not saved.*lower learning_rate"):
+        save_predictor(predictor, "broken")
