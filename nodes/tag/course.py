@@ -6,10 +6,19 @@ from .levels import Step
 from .posterior import column, mean_product, mean_square
 
 
-def projection(x: torch.Tensor, onto: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """The part of x (B, ...) that is a multiple of another, sample by sample."""
-    share = mean_product(x, onto, weight) / mean_square(onto, weight).clamp_min(1e-30)
-    return column(share, onto) * onto
+SMALLEST = 1e-30
+"""Keeps a mean square from being divided by where it is 0."""
+
+
+def in_their_span(x: torch.Tensor, one: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor | None) -> torch.Tensor:
+    """The part of x (B, ...) that is a sum of multiples of one or two others, sample by sample."""
+    of_one = mean_square(one, weight).clamp_min(SMALLEST)
+    part = column(mean_product(x, one, weight) / of_one, x) * one
+    if other is None:
+        return part
+    other = torch.addcmul(other, column(mean_product(other, one, weight) / of_one, x), one, value=-1.0)  # what `one` does not tell
+    share = mean_product(x, other, weight) / mean_square(other, weight).clamp_min(SMALLEST)
+    return torch.addcmul(part, column(share, x), other)
 
 
 class Course:
@@ -45,11 +54,11 @@ class Course:
             return
         each = (-1, *[1] * (u.ndim - 1))
         terms, course, denoised = self._calls[-1]
-        turns = []
+        turn, before = None, self.turn
         if len(self._calls) == 2:  # the earlier one is let go of here: while the model is asked, one is kept
             earlier = self._calls.pop(0)
-            turns = [denoised - earlier[2]] + ([] if self.turn is None else [self.turn.float()])
-            self.turn = turns[0].bfloat16()
+            turn = denoised - earlier[2]
+            self.turn = turn.bfloat16()
             falls = step.v < terms[1]
             terms, falls = torch.where(falls, terms, earlier[0]), falls.reshape(each)
             course, denoised = torch.where(falls, course, earlier[1]), torch.where(falls, denoised, earlier[2])
@@ -57,10 +66,8 @@ class Course:
         left = (step.v / v).sqrt()
         moved = step.alpha - left * alpha
         along = torch.addcmul(column(left, u) * course, column(moved, u), denoised)
-        for number, turn in enumerate(turns):
-            if number:  # what the newer one does not tell already
-                turn = turn - projection(turn, turns[0], weight)
-            along = along + projection(u - along, turn, weight)
+        if turn is not None:
+            along = along + in_their_span(u - along, turn, None if before is None else before.float(), weight)
         self.u = torch.where((step.v < v).reshape(each), along, u)
         self.leeway = torch.lerp(leeway, change, (moved / step.alpha).clamp_min(0.0))
 
