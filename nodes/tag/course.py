@@ -6,6 +6,9 @@ from .levels import Step
 from .posterior import column, mean_product, mean_square
 
 
+FEWEST = 128
+"""Values of a sample from which on its turns are looked at: of a point in a plane any two directions explain everything."""
+
 SMALLEST = 1e-30
 """Keeps a mean square from being divided by where it is 0."""
 
@@ -57,8 +60,9 @@ class Course:
         turn, before = None, self.turn
         if len(self._calls) == 2:  # the earlier one is let go of here: while the model is asked, one is kept
             earlier = self._calls.pop(0)
-            turn = denoised - earlier[2]
-            self.turn = turn.bfloat16()
+            if u[0].numel() >= FEWEST:
+                turn = denoised - earlier[2]
+                self.turn = turn.bfloat16()
             falls = step.v < terms[1]
             terms, falls = torch.where(falls, terms, earlier[0]), falls.reshape(each)
             course, denoised = torch.where(falls, course, earlier[1]), torch.where(falls, denoised, earlier[2])
