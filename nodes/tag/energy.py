@@ -9,9 +9,13 @@ from typing import NamedTuple
 import torch
 
 from .answer import Answer
-from .course import Course
+from .course import FEWEST, Course
 from .levels import LOG_SNR_RANGE, Step, alpha_and_variance
 from .posterior import Measured, Posterior, beyond_chance, mean_product, mean_square, terms_of
+
+STRICT = 17.0
+"""By so many times its variance more a share of signal has to be beyond chance where a sample and its course have no noise in
+common, as after the steps of a stochastic sampler. Of very few values nothing at all would then be seen: there it is left out."""
 
 COARSE, NODES = 128, 49
 """Levels among which the likeliest is looked for, and levels around it at which an energy's posterior is kept."""
@@ -85,8 +89,9 @@ class Disturbance(NamedTuple):
         """Of the run's samples u beside its course, when the part of both that is an anchor is taken away.
 
         The part of a sample that is the anchor is found by regression, at most the whole of it; the rest is noise. Lost is
-        what the course has more of the one, beyond its leeway; surplus noise what it has less of the other. Chance in
-        that is what both do not share: 1 / (2 n) in ln of the RMS of each rest, of two that correlate by r (1 - r^2) / n in
+        what the course has more of the one, beyond its leeway, up to the whole of it; surplus noise what it has less of the
+        other, or less than the schedule's if that is more. Samples of very few values have shares beyond the whole by chance, and
+        nothing would be seen of them: they are let have them. Chance in that is what both do not share: 1 / (2 n) in ln of the RMS of each rest, of two that correlate by r (1 - r^2) / n in
         their ratio.
 
         Args:
@@ -98,10 +103,12 @@ class Disturbance(NamedTuple):
         rest = torch.addcmul(both, parts.reshape(*parts.shape, *[1] * (anchor.ndim - 1)), anchor.float(), value=-1.0)
         energies = mean_square(rest, weight, dims=anchor.ndim).clamp_min(1e-12)
         common = mean_product(rest[0], rest[1], weight).square() / energies.prod(dim=0)  # r^2
-        lost = (shares[1].clamp_max(1.0) - shares[0] - course.leeway).clamp_max(1.0)
+        many = dimensions >= FEWEST
+        had = shares[1].clamp_max(1.0) if many else shares[1]
+        lost = (had - shares[0] - course.leeway).clamp_max(1.0)
         gaps = torch.stack([lost, torch.log(energies[0] / torch.maximum(energies[1], step.v)) * 0.5])
         apart = (1.0 - common).clamp_min(0.0)
-        chance = torch.stack([(1.0 + 17.0 * apart) * step.v / (step.alpha * whole), apart]) / dimensions
+        chance = torch.stack([(1.0 + (STRICT if many else 0.0) * apart) * step.v / (step.alpha * whole), apart]) / dimensions
         lost, grown = beyond_chance(gaps, chance)
         kept = 1.0 - lost.clamp_max(0.9)
         return cls(2.0 * (grown - kept.log()), kept)
