@@ -85,7 +85,7 @@ CALM = ("euler_ancestral", "heun", "dpm_2_ancestral", "dpmpp_sde", "dpmpp_2m_sde
         "sa_solver", "uni_pc", "deis")
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "zero SNR"])
+@pytest.mark.parametrize("kind", ["eps", "edm", "flow", "zero SNR"])
 @pytest.mark.parametrize("sampler", CALM)
 def test_nothing_is_found_in_undisturbed_runs(kind, sampler, monkeypatch):
     """Schedules that begin far beyond the grid of levels, few steps, high orders, fresh noise: none of it is a disturbance, and
