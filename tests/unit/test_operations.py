@@ -8,6 +8,7 @@ import pytest
 import torch
 from artifact_guard.kernels import dispatch, robust_threshold, score_dynamics
 from artifact_guard.nodes.asced import published as rule
+from artifact_guard.nodes.asced.detector import NEVER
 from artifact_guard.nodes.asced.estimate import Estimate
 from artifact_guard.nodes.asced.options import AscedOptions
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -106,6 +107,20 @@ def test_waiting_changes_nothing(kind, masked, monkeypatch):
     assert alone[4:] == together[4:] == (None, None, None)
     for one, other in zip(alone[:4], together[:4]):
         torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_onset_in_pure_noise(waiting, monkeypatch):
+    """What is abnormal from pure noise on began at the noise ratio inf; what is not abnormal has no onset, nor NaN."""
+    steps = [x[:2] for x in trajectories(1)[:5]]
+    steps[1][0, :, 20:40, 20:40] += 3.0
+    estimates = [Estimate(steps[0], steps[0], 0.0, 1.0), *estimates_of(steps)[1:]]
+    if waiting:
+        monkeypatch.setattr(rule, "ONE_BY_ONE", ())
+    onset = detector_after(estimates)[0].findings().onset
+    began = torch.isinf(onset)
+    assert began[0, 25:35, 25:35].all() and not began.all()
+    assert (onset[~began] < 8.0).all() and (onset[~began] == NEVER).any()
 
 
 def test_few_changes_wait(monkeypatch):
