@@ -37,7 +37,7 @@ BENCHMARKS = {
     "speed": ("speed", "P1, P2, P4-P6: what guard, TAG and flaw attention cost a run, beside core's PAG and SAG"),
     "detection_cost": ("detection_cost", "P3: detection against the published rule in numpy + scipy"),
     "kernels": ("kernel_speed", "P8: the Triton kernels against torch and the bandwidth (needs a GPU)"),
-    "growth": ("growth", "P9: cost of watching against latent area, batch, steps and frames"),
+    "growth": ("growth", "P9: cost of each method against latent area, batch, steps and frames"),
     "startup": ("startup", "what the pack adds to ComfyUI's start"),
     "fam_cost": ("fam_cost", "P5: what the flaw attention patch costs"),
     "fam_training": ("fam_training", "Q4: FAM training of the demo model: base, forward, reverse, both, sweeps; takes --size, --workers, --minutes, --eager, --anew"),
