@@ -1,27 +1,15 @@
 """The figures of `fam_training` from what its jobs left, and the help page's tables from the figures."""
 
 import json
-import math
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from .distances import blocks, frechet, jackknife_ratio, statistics
+from .distances import blocks, frechet, jackknife_ratio, over_seeds, statistics
 from .fam_training_plan import ARMS, PUBLISHED, SWEEPS, Size
 
 MEANS = ("FD", "FD_from_mean", "FD_of_means", "precision", "recall", "as_asked", "brightness", "judged_generated", "loss")
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-"""Of 95 %, by the number of seeds."""
-
-
-def over_seeds(ratios: list[float]) -> list[float] | None:
-    """The geometric mean's 95 % interval by Student's t on the logarithms; None of one seed."""
-    if len(ratios) not in STUDENT:
-        return None
-    logs = torch.tensor(ratios, dtype=torch.float64).log()
-    error = STUDENT[len(ratios)] * logs.std().item() / math.sqrt(len(ratios))
-    return [math.exp(logs.mean().item() - error), math.exp(logs.mean().item() + error)]
 
 
 class Results:

@@ -96,14 +96,18 @@ def costs(figures: dict) -> list[str]:
 
 
 def toys(figures: dict) -> list[str]:
-    """The trained toy, and the one with the exact score."""
-    def rows(exact: bool):
-        for case, row in figures.items():
-            if case.startswith(("exact model", "real points")) == exact:
-                value = None if case.startswith("real points") else f"{row['ratio']:.2f}"
-                yield [case.removeprefix("exact model, "), ", ".join(f"{w:.2f}" for w in row["W1"]), value]
-    return [table(["toy: W1 after drift", "W1, three seeds", "ratio"], list(rows(False))),
-            table(["toy with the exact score", "W1, three seeds", "ratio"], list(rows(True)))]
+    """The trained toy after a drift, with noise or few steps, and the one with the exact score after a drift."""
+    groups: dict[str, list] = {"toy: W1 after drift": [], "toy: W1 with noise at each of 25 steps, or few steps": [], "toy with the exact score": []}
+    drift, others, exact = groups.values()
+    for case, row in figures.items():
+        ratio, interval = f"{row['ratio']:.2f}", "{:.2f} to {:.2f}".format(*row["interval_95"])
+        if case.startswith("real points"):
+            ratio = None
+        elif not case.endswith("off"):
+            ratio = f"{ratio} ({interval})"
+        of = exact if case.startswith(("exact model", "real points")) else others if case.startswith("noise") or " steps, " in case else drift
+        of.append([case.removeprefix("exact model, "), ", ".join(f"{w:.2f}" for w in row["W1"]), ratio])
+    return [table([name, "W1, seed by seed", "ratio"], rows) for name, rows in groups.items()]
 
 
 def estimates(figures: dict) -> str:

@@ -1,18 +1,25 @@
 """Q3, third part: the paper's toy. Two normal distributions in the plane at +-(10, 10), a small network as the model.
 
 100 steps of DDIM on a linear-beta schedule; after each, every point drifts by -0.01 of itself towards the origin. The
-Wasserstein distance W1 to real points is that of an optimal matching. Ratios are paired: the same start points.
+Wasserstein distance W1 to real points is that of an optimal matching. Ratios are paired: the same start points. Beside
+it, without a drift, noise at each of 25 steps, and few steps.
 
 What could be reached at all is measured beside it: W1 between two draws of real points, and the same runs where the
 model is the exact score and the predictor the exact posterior, so that nothing is left to learn.
 """
 
+import statistics
+
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from .distances import over_seeds
+
 STEPS, DRIFT, POINTS = 100, 0.01, 500
 CENTRE, SPREAD = 10.0, 1.0
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
+NOISES, NOISY_STEPS = (0.05, 0.1, 0.2, 0.3), 25
+FEW = (1, 3, 5, 10)
 LAYERS = (1, 3, 6)
 WIDTH, TRAIN_STEPS, PREDICTOR_STEPS, BATCH = 128, 6000, 1500, 512
 CLASSES = 100
@@ -93,18 +100,20 @@ class Toy:
         denoised = self.ask(u, level)
         return self.tag.answer.Answer(denoised, denoised)
 
-    def sample(self, steering=None, drift: float = DRIFT, seed: int = 0) -> torch.Tensor:
-        """(POINTS, 2)."""
-        u = torch.randn(POINTS, 2, 1, 1, generator=torch.Generator().manual_seed(1000 + seed))
-        for step, level in enumerate(self.levels):
+    def sample(self, steering=None, seed: int = 0, drift: float = 0.0, noise: float = 0.0, steps: int = STEPS) -> torch.Tensor:
+        """(POINTS, 2). drift, noise: what is done to u after each step but the last."""
+        random = torch.Generator().manual_seed(1000 + seed)
+        u = torch.randn(POINTS, 2, 1, 1, generator=random)
+        levels = self.levels[torch.linspace(0, STEPS - 1, steps).round().long()]
+        for level, after in zip(levels, [*levels[1:], None]):
             level = level.expand(POINTS)
             alpha, v = self.tag.levels.alpha_and_variance(level[:1])
             denoised = self.ask(u, level) if steering is None else steering.estimate(self._answer, u / alpha, u, level)[0]
-            if step + 1 == STEPS:
+            if after is None:
                 return denoised.flatten(1)
-            after_alpha, after_v = self.tag.levels.alpha_and_variance(self.levels[step + 1])
+            after_alpha, after_v = self.tag.levels.alpha_and_variance(after)
             u = after_alpha * denoised + (after_v / v).sqrt() * (u - alpha * denoised)
-            u = u - drift * u
+            u = (1 - drift) * u + noise * torch.randn(u.shape, generator=random)
 
 
 class ExactToy(Toy):
@@ -134,20 +143,29 @@ class ExactToy(Toy):
         return (shares[..., None] * means).sum(dim=1).reshape(u.shape)
 
 
+CONDITIONS = (
+    {"": {"drift": DRIFT}, "no drift, ": {}}
+    | {f"noise {noise:g}, ": {"noise": noise, "steps": NOISY_STEPS} for noise in NOISES}
+    | {f"{steps} steps, ": {"steps": steps} for steps in FEW}
+)
+"""What is done to a run, by what stands before its cases' names."""
+
+
 def floors(tag, seed: int, real: torch.Tensor) -> dict[str, float]:
     """W1 of what no network limits."""
     toy = ExactToy(tag)
+    drifting = CONDITIONS[""]
     cases = {
-        "exact model, no drift, off": (None, 0.0), "exact model, off": (None, DRIFT),
-        "exact model, training-free (default)": (steered(toy), DRIFT),
-        "exact model, exact posterior, relative": (steered(toy, toy.judge), DRIFT),
-        "exact model, exact posterior, relative, strength 4": (steered(toy, toy.judge, strength=4.0), DRIFT),
+        "exact model, no drift, off": (None, {}), "exact model, off": (None, drifting),
+        "exact model, training-free (default)": (steered(toy), drifting),
+        "exact model, exact posterior, relative": (steered(toy, toy.judge), drifting),
+        "exact model, exact posterior, relative, strength 4": (steered(toy, toy.judge, strength=4.0), drifting),
     }
     for omega in (1.0, 20.0, 200.0):
         settings = {"mode": "score", "strength": omega, "estimate": "published gradient"}
         cases[f"exact model, exact posterior, published gradient, omega {omega:g}"] = (
-            steered(toy, toy.judge, **settings), DRIFT)
-    told = {name: wasserstein(toy.sample(used, drift, seed), real) for name, (used, drift) in cases.items()}
+            steered(toy, toy.judge, **settings), drifting)
+    told = {name: wasserstein(toy.sample(used, seed, **done), real) for name, (used, done) in cases.items()}
     others = real_points(POINTS, torch.Generator().manual_seed(900 + seed))
     return {"real points against others": wasserstein(others, real)} | told
 
@@ -178,29 +196,35 @@ def run(pack, output, data) -> dict:
     for seed in SEEDS:
         toy = Toy(pack.nodes.tag, seed)
         real = real_points(POINTS, torch.Generator().manual_seed(500 + seed))
-        cases = {"no drift, off": (None, 0.0), "no drift, training-free (default)": (steered(toy), 0.0), "off": (None, DRIFT),
-                 "training-free (default)": (steered(toy), DRIFT)}
-        for layers in LAYERS:
-            judge = toy.predictor(layers)
-            score = {"mode": "score", "strength": 1.0}
-            cases |= {
-                f"predictor of {layers} layers, relative": (steered(toy, judge), DRIFT),
-                f"predictor of {layers} layers, score, omega 1, closed form": (steered(toy, judge, **score), DRIFT),
-                f"predictor of {layers} layers, score, omega 1, published gradient": (
-                    steered(toy, judge, estimate="published gradient", **score), DRIFT),
-            }
-        told = {name: wasserstein(toy.sample(used, drift, seed), real) for name, (used, drift) in cases.items()}
+        judges = {layers: toy.predictor(layers) for layers in LAYERS}
+        told = {}
+        for condition, done in CONDITIONS.items():
+            cases = {"off": None, "training-free (default)": steered(toy)}
+            for layers, judge in judges.items():
+                cases[f"predictor of {layers} layers, relative"] = steered(toy, judge)
+                if condition:
+                    continue
+                score = {"mode": "score", "strength": 1.0}
+                cases[f"predictor of {layers} layers, score, omega 1, closed form"] = steered(toy, judge, **score)
+                cases[f"predictor of {layers} layers, score, omega 1, published gradient"] = steered(
+                    toy, judge, estimate="published gradient", **score)
+            told |= {f"{condition}{name}": wasserstein(toy.sample(used, seed, **done), real) for name, used in cases.items()}
         for name, value in (told | floors(pack.nodes.tag, seed, real)).items():
             distances.setdefault(name, []).append(value)
     return {name: told_ratio(values, distances[baseline(name)]) for name, values in distances.items()}
 
 
 def baseline(name: str) -> str:
-    """The case that a case's ratio is to: the same model and drift, unguided."""
+    """The case that a case's ratio is to: the same model and condition, unguided."""
     exact = "exact model, " if name.startswith("exact model") else ""
-    return f"{exact}no drift, off" if "no drift" in name else f"{exact}off"
+    condition = max((c for c in CONDITIONS if name.removeprefix(exact).startswith(c)), key=len)
+    return f"{exact}{condition}off"
 
 
 def told_ratio(values: list[float], bare: list[float]) -> dict:
-    ratios = [round(value / without, 3) for value, without in zip(values, bare)]
-    return {"W1": [round(v, 2) for v in values], "ratio": round(sum(ratios) / len(ratios), 3), "ratios": ratios}
+    """W1 of each seed, and the geometric mean of their ratios with its 95 % interval (Student's t on the logarithms)."""
+    ratios = [value / without for value, without in zip(values, bare)]
+    return {
+        "W1": [round(v, 2) for v in values], "ratio": round(statistics.geometric_mean(ratios), 3),
+        "interval_95": [round(v, 3) for v in over_seeds(ratios)], "ratios": [round(r, 3) for r in ratios],
+    }

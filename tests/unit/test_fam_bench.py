@@ -17,7 +17,8 @@ from comfy_extras.nodes_train import TrainGuider
 from tests.bench import fam_training, fam_training_judge, fam_training_plan, fam_training_runs, fam_training_tables, flaw_aware_demo
 from tests.bench.classifier import Classifier
 from tests.bench.fam_training_plan import SIZES, VARIANTS, jobs_of
-from tests.bench.fam_training_tables import over_seeds, tables
+from tests.bench.distances import over_seeds
+from tests.bench.fam_training_tables import tables
 from tests.bench.fast_demo import FastDemo
 from tests.bench.job_queue import JobQueue
 

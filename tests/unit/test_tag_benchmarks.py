@@ -77,6 +77,19 @@ def test_exact_toy_has_the_exact_score():
     assert torch.allclose(estimate, (weights[:, None] * draws).sum(0), atol=0.05)
 
 
+def test_toys_cases_are_compared_with_the_same_condition():
+    """Each case with the same run unguided; what is done to a run, and the start, is the same."""
+    assert tag_toy.baseline("predictor of 1 layers, relative") == "off"
+    assert tag_toy.baseline("noise 0.05, predictor of 3 layers, relative") == "noise 0.05, off"
+    assert tag_toy.baseline("3 steps, training-free (default)") == "3 steps, off"
+    assert tag_toy.baseline("exact model, no drift, off") == "exact model, no drift, off"
+    assert tag_toy.baseline("exact model, exact posterior, relative") == "exact model, off"
+    toy = tag_toy.ExactToy(artifact_guard.nodes.tag)
+    one, again = (toy.sample(seed=1, noise=0.2, steps=5) for _ in range(2))
+    assert torch.equal(one, again) and not torch.equal(one, toy.sample(seed=1, steps=5))
+    assert torch.equal(toy.sample(seed=1, steps=1), toy.sample(seed=1, steps=1, noise=0.2, drift=0.5))
+
+
 def test_demo_runs_take_another_model():
     runs = tag_demo.DemoRuns(artifact_guard.nodes.demo.model, tag_demo.ON_CPU, marker := types.SimpleNamespace())
     assert runs.model is marker

@@ -17,7 +17,10 @@ def results(folder):
     demo = {"cases": {"10 steps": case(), "1 steps": case(), "CFG 2.5, noise 0.1": case(), "noise 0.2": case(NEAR),
                       "noise 0.2, other forms": {"off": case()["off"], "poor": ROW}}}
     cost = {"demo model": {"CFG 1": {"off": {"ratio": 1.0, "interval_95": [1, 1]}, "TAG": {"ratio": 1.02, "interval_95": [1.0, 1.04]}}}}
-    toy = {"off": {"W1": [4.0, 5.0, 6.0], "ratio": 1.0}, "exact model, off": {"W1": [4.0, 4.0, 4.0], "ratio": 1.0}}
+    off = {"W1": [4.0, 5.0, 6.0], "ratio": 1.0, "interval_95": [1.0, 1.0]}
+    steered = {"W1": [1.0, 1.5, 1.2], "ratio": 0.25, "interval_95": [0.2, 0.31]}
+    toy = {"off": off, "default": steered, "noise 0.1, off": off, "noise 0.1, default": steered, "3 steps, off": off,
+           "exact model, off": off, "real points against others": off}
     points = {f"t {t}, s {s}": {"cosine": 0.9 + s, "length": t / 100} for t in (50, 100, 250, 400, 500, 700) for s in (0.0, 0.1)}
     whole = {"cost": cost, "demo": demo, "toy": toy, "exact": {"closed form": points}}
     (folder / "tag.json").write_text(json.dumps(whole))
@@ -36,6 +39,11 @@ def test_every_result_has_its_table(tmp_path):
     assert "| poor | 0.50 (0.40 to 0.60) |" in told["at noise 0.2"]
     assert "| closed form | 1.00 | 0.50 to 5.00 | 1.00 | 7.00 |" in told["estimate of the time-linked score"]
     assert "| TAG | 1.020 | 1.000 to 1.040 |" in told["time of a run over that without: demo model"]
+    assert "| default | 1.00, 1.50, 1.20 | 0.25 (0.20 to 0.31) |" in told["toy: W1 after drift"]
+    apart = told["toy: W1 with noise at each of 25 steps, or few steps"]
+    assert "| noise 0.1, default | 1.00, 1.50, 1.20 | 0.25 (0.20 to 0.31) |\n| 3 steps, off | 4.00, 5.00, 6.00 | 1.00 |" in apart
+    exact = told["toy with the exact score"].split("\n")[2:]
+    assert [line.split(" | ")[0] for line in exact] == ["| off", "| real points against others"] and exact[1].endswith("6.00 |  |")
     assert "CIFAR-10" in told and "| 3,000 steps, with classes | 12 | 4.90 | 1.19 | 12.00 | 1.20 |" in told["predictor, by the node's defaults"]
     assert tag_tables.tables(tmp_path / "nothing") == []
 
