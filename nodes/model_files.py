@@ -144,6 +144,15 @@ def read_model_file(path: str, name: str, kind: str) -> tuple[dict[str, torch.Te
     return tensors, settings
 
 
+def saved_kind(path: str) -> str | None:
+    """What a file that this pack saved holds; None of any other file, a damaged one included."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(KIND_KEY)
+    except (SafetensorError, OSError):
+        return None
+
+
 def is_inside(path: str, folder: str) -> bool:
     """Whether a path lies in a folder, once links and `..` are resolved."""
     path, folder = os.path.realpath(path), os.path.realpath(folder)

@@ -30,6 +30,11 @@ class HighlighterSettings:
     generated_images: int = 0
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
+    def __post_init__(self):
+        for name in ("image_size", "epochs", "seed"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < (1 if name == "image_size" else 0):
+                raise ValueError(f"its {name} is {getattr(self, name)!r}")
+
 
 class FlawHighlighter:
     """A network and its settings, ready to judge images on the device ComfyUI chose."""
@@ -56,9 +61,12 @@ class FlawHighlighter:
         return torch.cat(logits).softmax(dim=1)[:, GENERATED]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """(tensors, settings) for a file: weights in half precision. Counters of training steps are left out."""
+        """(tensors, settings) for a file: weights in half precision, those that it cannot hold, as the variances of a network trained
+        at a high rate, as they are. Counters of training steps are left out."""
         weights = {name: value for name, value in self.network.state_dict().items() if value.is_floating_point()}
-        return {name: value.half() for name, value in weights.items()}, asdict(self.settings)
+        largest = torch.finfo(torch.float16).max
+        halves = {name: value if value.abs().max() > largest else value.half() for name, value in weights.items()}
+        return halves, asdict(self.settings)
 
     @classmethod
     def from_state(cls, tensors: dict[str, torch.Tensor], settings: dict) -> "FlawHighlighter":
@@ -72,7 +80,9 @@ class FlawHighlighter:
             with torch.inference_mode(False):
                 network = BACKBONES[settings.backbone]()
                 network.load_state_dict({name: value.float() for name, value in tensors.items()})
-        except (KeyError, TypeError, RuntimeError) as error:
+            if not all(value.isfinite().all() for value in tensors.values()):
+                raise ValueError("its weights hold NaN or infinite values")
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"The file says that it holds a flaw highlighter, but its content does not fit the networks of this version "
                 f"({str(error)[:200]}). It was changed, or trained with another version of Artifact Guard: train it again."

@@ -42,7 +42,8 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Of the weights, of the order and of which images are held out.",
+                    tooltip="Of the weights, of the order and of which images are held out. A highlighter that is gone on with has those "
+                    "held out that were before.",
                 ),
                 io.Combo.Input(
                     "backbone", options=list(BACKBONES), default="vgg16",
@@ -50,7 +51,7 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
                     "one. small: trains in minutes.",
                 ),
                 FlawHighlighterType.Input(
-                    "flaw_highlighter", optional=True, tooltip="Go on training this one, with its backbone and image size."
+                    "flaw_highlighter", optional=True, tooltip="Go on training this one, with its backbone and image size. It is kept where no epoch is better."
                 ),
             ],
             outputs=[
@@ -70,7 +71,8 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
         settings = TrainingSettings(epochs, batch_size, learning_rate, image_size, seed, backbone)
         highlighter, training = train_highlighter(real, generated, settings, flaw_highlighter)
         curves = draw_training(training.losses, training.accuracies, training.best_epoch)
-        words = [f"Held-out accuracy {training.accuracy:.1%}, epoch {training.best_epoch} of {epochs}."]
+        best = f"epoch {training.best_epoch} of {epochs}" if training.best_epoch else "no epoch was better than the one it began with"
+        words = [f"Held-out accuracy {training.accuracy:.1%}, {best}."]
         words += highlighter.settings.warnings or ["No spurious cue found: the verdicts follow the marked spots."]
         pictures = ui.PreviewImage(curves, cls=cls).as_dict()
         return io.NodeOutput(highlighter, curves, training.accuracy, ui={**pictures, "text": words})

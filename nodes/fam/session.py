@@ -7,16 +7,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
 
-from ..model_files import register_folder, save_model_file
+from ..model_files import register_folder, save_model_file, saved_kind
 from .backbones import SMALLEST_SIDE, Backbone, new_network, take_vgg16_weights
 from .highlighter import FOLDER, KIND, FlawHighlighter
 from .pictures import draw_training
-from .spurious import check_cues
+from .spurious import check_cues, warnings_of
 from .training import Training, TrainingSettings
 
 SHIPPED = os.path.join(os.path.dirname(__file__), "highlighters")
@@ -28,13 +29,22 @@ register_folder(FOLDER, SHIPPED)
 def starting_network(settings: TrainingSettings) -> Backbone:
     """A fresh network; for vgg16 with the convolutions of a vgg16*.safetensors of the user's, if there is one."""
     network = new_network(settings.backbone, settings.seed)
-    if settings.backbone == "vgg16":
-        names = [n for n in folder_paths.get_filename_list(FOLDER) if os.path.basename(n).lower().startswith("vgg16")]
-        for name in names[:1]:
-            path = folder_paths.get_full_path_or_raise(FOLDER, name)
+    if settings.backbone != "vgg16":
+        return network
+    for name in (n for n in folder_paths.get_filename_list(FOLDER) if os.path.basename(n).lower().startswith("vgg16")):
+        path = folder_paths.get_full_path_or_raise(FOLDER, name)
+        if saved_kind(path) is not None:  # a highlighter of the user's that only has that name
+            continue
+        try:
             with torch.inference_mode(False):
                 take_vgg16_weights(network, comfy.utils.load_torch_file(path, safe_load=True))
-            logging.info("Artifact Guard: the highlighter starts from %s", path)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{name} in models/{FOLDER} is to be the start of a vgg16, but cannot be used: {error} Put a whole file there, "
+                "or give it a name that does not begin with vgg16."
+            ) from error
+        logging.info("Artifact Guard: the highlighter starts from %s", path)
+        break
     return network
 
 
@@ -73,38 +83,38 @@ def train_highlighter(
     Raises:
         ValueError: images or settings that cannot work.
     """
-    earlier = 0
     if start is not None:
-        settings, earlier = go_on_settings(settings, start), start.settings.epochs
+        settings = go_on_settings(settings, start)
     if settings.image_size < SMALLEST_SIDE[settings.backbone]:
         smallest = SMALLEST_SIDE[settings.backbone]
         raise ValueError(f"image_size is {settings.image_size}; {settings.backbone} needs {smallest} or more.")
-    network = starting_network(settings) if start is None else start.network
     device = comfy.model_management.get_torch_device()
-    training = Training(real, generated, settings, device, network)
+    if start is None:
+        training = Training(real, generated, settings, device, starting_network(settings))
+    else:
+        training = Training(real, generated, settings, device, start.network, start.settings)
     try:
         training.run(progress(training))
+        warnings = warnings_of(check_cues(training.best, *training.held_out(), device))
     except BaseException:
-        keep_best(training, earlier)
+        keep_best(training)
         raise
-    cues = check_cues(training.best, *training.held_out(), device)
-    warnings = tuple(cue.words for cue in cues if cue.spurious)
     for warning in warnings:
         logging.warning("Artifact Guard: %s", warning)
-    return finished(training, earlier, warnings), training
+    return finished(training, warnings), training
 
 
-def finished(training: Training, earlier_epochs: int, warnings: tuple[str, ...] = ()) -> FlawHighlighter:
+def finished(training: Training, warnings: tuple[str, ...] = ()) -> FlawHighlighter:
     """The highlighter of a run's best epoch."""
     with torch.inference_mode(False):
-        return FlawHighlighter(training.best.cpu(), training.result(earlier_epochs, warnings))
+        return FlawHighlighter(training.best.cpu(), training.result(warnings))
 
 
-def keep_best(training: Training, earlier_epochs: int) -> None:
-    """Save the best epoch of a run that did not end well; nothing if it had no epoch yet."""
+def keep_best(training: Training) -> None:
+    """Save the best epoch of a run that did not end well; nothing if it had no epoch yet that is worth it."""
     if training.best_epoch == 0:
         return
-    path = save_model_file(FOLDER, "interrupted", KIND, *finished(training, earlier_epochs).state())
+    path = save_model_file(FOLDER, "interrupted", KIND, *finished(training).state())
     logging.warning(
         "Artifact Guard: training stopped early. Its best epoch (%d, held-out accuracy %.1f %%) is saved as %s: load it to go on.",
         training.best_epoch, 100 * training.accuracy, path,

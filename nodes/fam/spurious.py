@@ -100,7 +100,7 @@ def check_cues(network: Backbone, images: torch.Tensor, classes: torch.Tensor, d
         images: (N, 3, H, W) in 0..1. classes: (N,).
 
     Returns:
-        One Cue a check; with fewer than four pairs of rightly judged images nothing can be said, and none is spurious.
+        One Cue a check; with fewer than four pairs of rightly judged images none was made, see `warnings_of`.
     """
     def verdicts(batch: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
@@ -119,3 +119,14 @@ def check_cues(network: Backbone, images: torch.Tensor, classes: torch.Tensor, d
         followed = [verdicts(exchange(generated, real)) == REAL, verdicts(exchange(real, generated)) == GENERATED]
         found.append(Cue(part, torch.cat(followed).float().mean().item(), 2 * pairs))
     return found
+
+
+def warnings_of(cues: list[Cue]) -> tuple[str, ...]:
+    """What a person has to be told of all checks; nothing if they were made and found nothing."""
+    pairs = min(cue.pairs for cue in cues)
+    if pairs < FEWEST_PAIRS:
+        return (
+            f"Spurious cues could not be looked for: it judged {pairs} pairs of held-out images rightly, and at least {FEWEST_PAIRS} "
+            "are wanted. Train it on more images.",
+        )
+    return tuple(cue.words for cue in cues if cue.spurious)

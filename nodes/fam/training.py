@@ -47,13 +47,16 @@ def check_classes(real: torch.Tensor, generated: torch.Tensor) -> None:
     """Refuse training images that a highlighter could only learn something wrong from.
 
     Raises:
-        ValueError: too few images of a class, or classes that differ in size or channels.
+        ValueError: no batch of images, too few of a class, or classes that differ in size or channels.
     """
     for name, images in (("real", real), ("generated", generated)):
-        if images.ndim != 4 or len(images) < FEWEST_IMAGES:
-            count = len(images) if images.ndim == 4 else 0
+        if images.ndim != 4:
             raise ValueError(
-                f"{name}: {count} images came; at least {FEWEST_IMAGES} of each class are wanted, and a few hundred for "
+                f"{name}: an IMAGE of shape (count, height, width, channels) is wanted, {tuple(images.shape)} came."
+            )
+        if len(images) < FEWEST_IMAGES:
+            raise ValueError(
+                f"{name}: {len(images)} images came; at least {FEWEST_IMAGES} of each class are wanted, and a few hundred for "
                 "a highlighter that is of use. Load a folder of images."
             )
     if real.shape[1:3] != generated.shape[1:3]:
@@ -90,17 +93,23 @@ class Training:
             held out as a whole and shown in one batch, so that of a picture and its flawed copy the flaw alone is left
             to learn. Sets that are no pairs lose nothing by it.
         device: where the network is trained.
-        start: a network to go on with; its own weights stay as they are.
+        start: the network to begin with; its own weights stay as they are. Without one a new network is made.
+        earlier: of a highlighter that is gone on with, its settings. Its seed chooses the held-out images again, so that none
+            that it was trained on is among them, and it stays the best until an epoch is better.
 
     Raises:
         ValueError: see `check_classes` and `fit_images`.
     """
 
-    def __init__(self, real, generated, settings: TrainingSettings, device, start: Backbone | None = None):
+    def __init__(
+        self, real, generated, settings: TrainingSettings, device, start: Backbone | None = None,
+        earlier: HighlighterSettings | None = None,
+    ):
         check_classes(real, generated)
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.earlier = settings, device, earlier
         shape = HighlighterSettings(settings.backbone, settings.image_size)
-        generator = torch.Generator().manual_seed(settings.seed)
+        self.split_seed = settings.seed if earlier is None else earlier.seed
+        generator = torch.Generator().manual_seed(self.split_seed)
         self.train_images, self.held_images = [], []
         for (train, held), images in zip(per_class(len(real), len(generated), split_held_out, generator), (real, generated)):
             pixels = (fit_images(images, shape) * 255).round().byte()
@@ -117,14 +126,18 @@ class Training:
 
     @property
     def accuracy(self) -> float:
-        """Held-out accuracy of the best epoch; each class counts half."""
+        """Held-out accuracy of the best epoch, or of the highlighter that was gone on with; each class counts half."""
         return max(self.best_score[0], 0.0)
 
     @property
     def steps_per_epoch(self) -> int:
         """Until every image of the larger class has been seen once."""
-        half = max(1, self.settings.batch_size // 2)
-        return math.ceil(max(map(len, self.train_images)) / half)
+        return math.ceil(max(map(len, self.train_images)) / self.half_batch)
+
+    @property
+    def half_batch(self) -> int:
+        """Images of one class in a batch: no more than there are of the larger one."""
+        return min(max(1, self.settings.batch_size // 2), max(map(len, self.train_images)))
 
     def held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Held-out images (N, 3, h, w) in 0..1 and their classes (N,), real ones first."""
@@ -136,8 +149,8 @@ class Training:
 
         The smaller class is gone through as often as it takes.
         """
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-        half = max(1, self.settings.batch_size // 2)
+        generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + epoch) % (1 << 63))
+        half = self.half_batch
         wanted = self.steps_per_epoch * half
 
         def order(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -168,9 +181,12 @@ class Training:
         total, rate = steps * settings.epochs, settings.learning_rate * RATE_FACTOR[settings.backbone]
         with torch.inference_mode(False), torch.enable_grad():
             optimizer = torch.optim.AdamW(self.network.parameters(), lr=rate, betas=BETAS)
+            rise = max(0.1, 2 / (total + 1))  # of a rise of less than two steps torch cannot make a schedule
             schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, max_lr=rate, total_steps=total + 1, pct_start=0.1, cycle_momentum=False
+                optimizer, max_lr=rate, total_steps=total + 1, pct_start=rise, cycle_momentum=False
             )
+            if self.earlier is not None:
+                self.best_score = self.evaluate()
             for epoch in range(settings.epochs):
                 self.network.train()
                 losses = []
@@ -195,9 +211,10 @@ class Training:
             self.best_score, self.best_epoch = score, epoch + 1
             self.best.load_state_dict(self.network.state_dict())
 
-    def result(self, earlier_epochs: int = 0, warnings: tuple[str, ...] = ()) -> HighlighterSettings:
+    def result(self, warnings: tuple[str, ...] = ()) -> HighlighterSettings:
         """Settings for a highlighter made of `best`."""
+        epochs = self.best_epoch + (0 if self.earlier is None else self.earlier.epochs)
         return HighlighterSettings(
-            self.settings.backbone, self.settings.image_size, earlier_epochs + self.best_epoch, self.accuracy,
-            self.settings.seed, len(self.train_images[REAL]), len(self.train_images[GENERATED]), warnings,
+            self.settings.backbone, self.settings.image_size, epochs, self.accuracy, self.split_seed,
+            len(self.train_images[REAL]), len(self.train_images[GENERATED]), warnings,
         )

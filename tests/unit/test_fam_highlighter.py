@@ -5,7 +5,7 @@ import pytest
 import torch
 from artifact_guard.nodes.fam.backbones import new_network, take_vgg16_weights
 from artifact_guard.nodes.fam.grad_cam import flaw_map, grad_cam, scale_to_one
-from artifact_guard.nodes.fam.highlighter import GENERATED, KIND, REAL, HighlighterSettings, fit_images
+from artifact_guard.nodes.fam.highlighter import GENERATED, KIND, REAL, FlawHighlighter, HighlighterSettings, fit_images
 from artifact_guard.nodes.fam.pictures import draw_heat, draw_training
 from artifact_guard.nodes.fam.schema import FAMFlawMap, FAMLoadFlawHighlighter, FAMSaveFlawHighlighter
 from artifact_guard.nodes.fam.session import starting_network
@@ -110,6 +110,28 @@ def test_saved_and_loaded_again():
     assert loaded.settings == judge.settings
     assert torch.allclose(loaded.generated_probability(images(3)), judge.generated_probability(images(3)), atol=2e-3)
     assert FAMSaveFlawHighlighter.execute(judge, "unit/saved").ui["text"][0] != path
+
+
+def test_what_half_precision_cannot_hold_is_saved_whole():
+    """Running variances of a network trained at a high rate."""
+    judge = highlighter()
+    name, variance = next((n, v) for n, v in judge.network.named_buffers() if n.endswith("running_var"))
+    variance.fill_(3e5)
+    tensors, settings = judge.state()
+    assert tensors[name].dtype == torch.float32 and torch.float16 in {value.dtype for value in tensors.values()}
+    batch = images(3)
+    wanted = judge.generated_probability(batch)
+    assert torch.allclose(FlawHighlighter.from_state(tensors, settings).generated_probability(batch), wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize("spoilt", [{"image_size": 0}, {"image_size": "256"}, {"image_size": 64.5}, {"epochs": -1}, {"seed": None}, None])
+def test_spoilt_content_is_refused(spoilt):
+    tensors, settings = highlighter().state()
+    if spoilt is None:
+        next(iter(tensors.values())).fill_(torch.nan)
+    words = "weights hold NaN" if spoilt is None else f"its {next(iter(spoilt))} is "
+    with pytest.raises(ValueError, match=f"does not fit the networks of this version .*{words}"):
+        FlawHighlighter.from_state(tensors, settings | (spoilt or {}))
 
 
 @pytest.mark.parametrize("prefix", ["../outside", "/outside", "a/../../outside", "", "..", "folder/..", "C:outside", "a\\..\\outside", "a\nb"])

@@ -6,12 +6,14 @@ import pytest
 import torch
 from artifact_guard.nodes.fam import session
 from artifact_guard.nodes.fam.augment import augment, jpeg
-from artifact_guard.nodes.fam.highlighter import GENERATED, REAL
+from artifact_guard.nodes.fam.backbones import new_network
+from artifact_guard.nodes.fam.highlighter import GENERATED, KIND, REAL
 from artifact_guard.nodes.fam.schema import FAMLoadFlawHighlighter, FAMTrainFlawHighlighter
-from artifact_guard.nodes.fam.spurious import band_mask, border_mask, check_cues, exchange_band
+from artifact_guard.nodes.fam.spurious import band_mask, border_mask, check_cues, exchange_band, warnings_of
 from artifact_guard.nodes.fam.training import Training
+from artifact_guard.nodes.model_files import write_model_file
 
-from tests.unit.fam_support import images, settings, spoil, train_on_grids
+from tests.unit.fam_support import highlighter, images, settings, spoil, train_on_grids
 
 CPU = torch.device("cpu")
 
@@ -31,6 +33,27 @@ def test_same_seed_same_network():
     assert runs[0].losses == runs[1].losses != runs[2].losses
     for one, other in zip(runs[0].best.parameters(), runs[1].best.parameters()):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("seed", [2**50 - 3, 2**63, 2**64 - 1])
+def test_any_seed_of_the_page_trains(seed):
+    with torch.inference_mode():
+        result = FAMTrainFlawHighlighter.execute(images(8), images(8, seed=3), 1, 8, 2e-5, 32, seed, "small").result
+    assert result[0].settings.seed == seed and 0 <= result[2] <= 1
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 8, 9, 10, 19])
+def test_any_number_of_steps_trains(epochs):
+    """One step an epoch: the rate rises within two steps at the shortest and ends near nothing."""
+    training, told = Training(images(8, 16), images(8, 16, seed=3), settings(epochs, 64, size=16), CPU), []
+    training.run(lambda done, total: told.append((done, total)))
+    assert told == [(step, epochs) for step in range(1, epochs + 1)] and len(training.losses) == epochs
+
+
+def test_a_batch_larger_than_the_set_shows_every_image_once():
+    training = Training(images(12, 16), images(12, 16, seed=3), settings(1, 4096, size=16), CPU)
+    (batch,) = training.batches(0)
+    assert len(batch[0]) == 20
 
 
 def test_batches_are_balanced_and_show_every_image_once():
@@ -126,8 +149,67 @@ def test_going_on_leaves_the_given_one_as_it_is(learned):
             images(20, seed=21), spoil(images(20, seed=22))[0], settings(1, size=256, backbone="vgg16", rate=1e-6), judge
         )
     assert again.settings.backbone == "small" and again.settings.image_size == 64
-    assert again.settings.epochs == judge.settings.epochs + 1 and training.accuracy >= 0.75
+    assert again.settings.epochs == judge.settings.epochs + training.best_epoch and training.accuracy >= 0.75
     assert all(torch.equal(a, b) for a, b in zip(judge.network.parameters(), before))
+
+
+@pytest.mark.parametrize("later, best", [((0.7, -1.0), 0), ((0.9, -0.5), 1)])
+def test_going_on_never_gives_a_worse_one(later, best, monkeypatch):
+    """The one that was given scores 0.9: it comes out as it was, unless an epoch is better."""
+    given = highlighter()
+    training = Training(images(10), images(10, seed=4), settings(1, seed=5), CPU, given.network, given.settings)
+    scores = iter([(0.9, -1.0), later])
+    monkeypatch.setattr(training, "evaluate", lambda: next(scores))
+    training.run()
+    same = all(torch.equal(a, b) for a, b in zip(training.best.parameters(), given.network.parameters()))
+    assert training.best_epoch == best and same == (best == 0) and training.accuracy == 0.9
+
+
+def test_going_on_holds_the_same_images_out(learned):
+    """Whatever the seed of the second run: of what the first was trained on nothing is held out."""
+    real = torch.rand(40, 16, 16, 3)
+    given = highlighter(size=16, seed=3)
+    runs = [
+        Training(real, real.flip(1), settings(size=16, seed=seed), CPU, given.network, earlier)
+        for seed, earlier in ((given.settings.seed, None), (77, given.settings))
+    ]
+    assert torch.equal(runs[0].held_images[REAL], runs[1].held_images[REAL])
+    assert runs[1].result().seed == given.settings.seed
+    other = Training(real, real.flip(1), settings(size=16, seed=77), CPU)
+    assert not torch.equal(runs[0].held_images[REAL], other.held_images[REAL])
+
+
+def vgg16_file(name, monkeypatch, tmp_path, write):
+    path = tmp_path / name
+    write(path)
+    monkeypatch.setattr(session.folder_paths, "get_filename_list", lambda folder: [name])
+    monkeypatch.setattr(session.folder_paths, "get_full_path_or_raise", lambda folder, name: str(path))
+    return lambda: session.starting_network(settings(size=32, backbone="vgg16"))
+
+
+def test_a_highlighter_named_vgg16_is_no_start(monkeypatch, tmp_path):
+    judge = highlighter("small")
+    start = vgg16_file("vgg16_faces_00001_.safetensors", monkeypatch, tmp_path,
+                       lambda path: write_model_file(str(path), KIND, *judge.state()))
+    fresh = new_network("vgg16", 0)
+    assert all(torch.equal(a, b) for a, b in zip(start().parameters(), fresh.parameters()))
+
+
+@pytest.mark.parametrize("content", [b"no safetensors", b""])
+def test_a_damaged_start_is_named(content, monkeypatch, tmp_path):
+    start = vgg16_file("vgg16.safetensors", monkeypatch, tmp_path, lambda path: path.write_bytes(content))
+    with pytest.raises(ValueError, match="vgg16.safetensors in models/flaw_highlighters is to be the start of a vgg16, but cannot"):
+        start()
+
+
+def test_a_failed_check_loses_nothing(monkeypatch, caplog):
+    """Out of memory after the last epoch: the best one is in a file."""
+    monkeypatch.setattr(session, "check_cues", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    before = set(folder_paths.get_filename_list("flaw_highlighters"))
+    with pytest.raises(RuntimeError, match="out of memory"), torch.inference_mode():
+        session.train_highlighter(images(12), images(12, seed=3), settings())
+    (new,) = set(folder_paths.get_filename_list("flaw_highlighters")) - before
+    assert new.startswith("interrupted") and new in caplog.text
 
 
 def test_a_cancelled_run_saves_its_best_epoch(monkeypatch, caplog):
@@ -154,6 +236,7 @@ def test_the_node_tells_accuracy_and_curves():
     judge, curves, accuracy = result.result
     assert curves.shape == (1, 520, 768, 3) and 0 <= accuracy <= 1
     assert judge.settings.real_images == 14 and "Held-out accuracy" in result.ui["text"][0]
+    assert "Spurious cues could not be looked for" in result.ui["text"][1] == judge.settings.warnings[0]
 
 
 @pytest.mark.parametrize("real, generated, words", [
@@ -164,6 +247,7 @@ def test_the_node_tells_accuracy_and_curves():
     (images(16, 32), images(16, 48), "real images are 32x32 pixels and generated ones 48x48"),
     (images(16)[..., :1], images(16), "real images have 1 channels and generated ones 3"),
     (images(16), torch.full((16, 32, 32, 3), torch.nan), "the image holds NaN"),
+    (images(16), images(16)[0], r"generated: an IMAGE of shape \(count, height, width, channels\) is wanted, \(32, 32, 3\) came"),
 ])
 def test_training_images_that_cannot_work(real, generated, words):
     with pytest.raises(ValueError, match=words):
@@ -217,6 +301,7 @@ def test_a_sound_highlighter_passes(learned):
     cues = check_cues(judge.network, *training.held_out(), CPU)
     assert [cue.part for cue in cues] == ["border", "background", "finest texture", "light and colour"]
     assert all(cue.pairs >= 8 and not cue.spurious for cue in cues)
+    assert warnings_of(cues) == judge.settings.warnings == ()
 
 
 def test_exchanged_parts():
