@@ -7,6 +7,7 @@ their grids, and these go when the run ends.
 """
 
 import contextlib
+import logging
 import math
 import uuid
 from dataclasses import dataclass
@@ -59,19 +60,19 @@ def patch_attention(
     Args:
         flaw_map: MASK (M, h, w) at image size, 0..1: one for all samples, one a sample, or one a frame of a video.
 
-    Strength 0 and a map of zeros give a clone without any patch.
+    Strength 0 and a map of zeros give a clone without any patch, of a model of any family.
 
     Raises:
         ValueError: the model's family cannot be patched, a block it does not have, or NaN in the map.
     """
-    network = model.get_model_object("diffusion_model")
-    family = family_of(network)
-    blocks = parse_blocks(settings.blocks, family, network)
     if not torch.isfinite(flaw_map).all():
         raise ValueError("flaw_map: the map holds NaN or infinite values. Make it again; values from 0 to 1 are wanted.")
     patched = model.clone()
     if settings.strength == 0 or not flaw_map.any():
         return patched
+    network = model.get_model_object("diffusion_model")
+    family = family_of(network)
+    blocks = parse_blocks(settings.blocks, family, network)
     sampling = model.get_model_object("model_sampling")
     sigmas = None
     if (settings.start_percent, settings.end_percent) != (0.0, 1.0):
@@ -101,10 +102,12 @@ class FlawAttention:
         self.key = f"{WRAPPER_KEY}.{uuid.uuid4().hex}"
         """Of this patch alone in a call's transformer_options: several patches can be on one model."""
         self.amounts: dict[tuple, torch.Tensor] = {}
+        self.told = False
 
     def forget(self, patcher=None) -> None:
         """The run is over."""
         self.amounts.clear()
+        self.told = False
 
     # What a model call sees of the latent
 
@@ -122,8 +125,20 @@ class FlawAttention:
         if isinstance(sampled, Sampled) and self.in_range(transformer_options):
             network = executor.class_obj.diffusion_model
             call = model_call(sampled, self.family, network, x, c_crossattn, transformer_options, kwargs)
+            if not call.is_of(x):
+                call = None
+                self.tell(x)
         with as_written() if call is not None else contextlib.nullcontext():
             return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, self.key: call}, **kwargs)
+
+    def tell(self, x: torch.Tensor) -> None:
+        """That the map has no place in what the network was given; once a run."""
+        if not self.told:
+            logging.warning(
+                "Artifact Guard: the flaw attention patch is off in this run. Another node hands the model parts of what the sampler "
+                "has, tiles or single rows (%s), of which nobody tells where they lie. Use one of the two.", tuple(x.shape),
+            )
+        self.told = True
 
     def in_range(self, options: dict) -> bool:
         """Whether the run is between start_percent and end_percent."""
@@ -220,6 +235,8 @@ class FlawAttention:
             return (None, 0) if grid is None else (self.amount(call, grid, like), 0)
         amount = self.amount(call, None, like)
         tokens = amount.shape[1]
+        if family.splits and queries < keys == call.before + tokens:  # cross-attention asks with all tokens of the image
+            return amount, call.before
         if queries != keys or keys < call.before + tokens or (family.cross and not self.is_self_attention(call, keys, options)):
             return None, 0
         if family.image == "first":

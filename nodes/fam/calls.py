@@ -34,6 +34,15 @@ class Call:
     references: int = 0
     alike: int = 0
 
+    def is_of(self, x: torch.Tensor) -> bool:
+        """Whether x, which the network gets, holds the rows and places of this call: another pack's wrapper around the network may
+        have cut it into tiles or rows."""
+        places = list(self.shape[2:])
+        if self.view.frames is not None:
+            places[0] = len(self.view.frames)
+        sizes = [tuple(places) if area is None else tuple(area[: len(places)]) for area in self.view.areas]
+        return len(x) == self.shape[0] * len(sizes) and all(tuple(x.shape[2:]) == size for size in sizes)
+
 
 def sampled_latent(x: torch.Tensor, conds: list, options: dict) -> Sampled:
     """Read the latent's shape, the areas and the window off the arguments of an evaluation of all conditionings.

@@ -13,10 +13,6 @@ from dataclasses import dataclass, field, replace
 
 PATCH, OVERRIDE = "attn1_patch", "attention override"
 
-UNET_PATCH = "before the projection"
-"""The UNets' attn1_patch gets the input of the key and value layers. These have no bias, so scaling it is scaling K, V."""
-
-
 def patch_of(network) -> tuple[int, int, int]:
     """(frames, height, width) of one token in latent pixels, read off the network."""
     for name in ("patch_size", "patch"):
@@ -37,6 +33,7 @@ class Family:
     token: (network) -> (frames, height, width) of a token.
     cross: the network has cross-attention of its own, which must be told from self-attention.
     joint: only calls that hold image and text together are scaled; refiners of one of the two are left alone.
+    splits: self-attention may be asked in parts, some of its queries at a time, always with all keys.
     numbered: block kinds that a user can choose among -> the network's list of them. Empty: it does not tell.
     """
 
@@ -47,6 +44,7 @@ class Family:
     token: Callable = patch_of
     cross: bool = False
     joint: bool = False
+    splits: bool = False
     numbered: dict[str, str] = field(default_factory=dict)
 
 
@@ -84,7 +82,7 @@ FAMILIES = (
     Family("HiDream", (LDM + "hidream.model.HiDreamImageTransformer2DModel",), OVERRIDE, "first"),
     Family("Mochi", (LDM + "genmo.joint_model.asymm_models_joint.AsymmDiTJoint",), OVERRIDE, "first"),
     Family("LTX-Video", (LDM + "lightricks.model.LTXVModel",), OVERRIDE, "first", cross=True,
-           token=lambda network: (1, 1, 1)),
+           splits=True, token=lambda network: (1, 1, 1)),
     Family("Kandinsky 5", (LDM + "kandinsky5.model.Kandinsky5",), OVERRIDE, "first", cross=True,
            numbered={"double": "visual_transformer_blocks"}),
     CASCADE,
@@ -134,7 +132,7 @@ def family_of(network) -> Family:
             if family.numbered and family is not UNET and not mentions(network, "block_index"):
                 return replace(family, numbered={})
             return family
-    advice = "Refine Flaws works with it at attention_strength 0; for the patch itself use a model of another family."
+    advice = "Refine Flaws works with it all the same, without the patch; for the patch itself use a model of another family."
     if name in NO_HOOK:
         raise ValueError(
             f"model: {NO_HOOK[name]} lets nobody reach its attention (it calls no hook), so this patch cannot work on it. "

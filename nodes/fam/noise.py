@@ -1,5 +1,7 @@
 """Flaw noise: FAM's forward process, eps + strength * M (arXiv 2512.08774), around any NOISE object."""
 
+import math
+
 import torch
 
 from ..latents import FrameLayout, soft_mask_to_frames
@@ -9,16 +11,26 @@ def add_map(noise: torch.Tensor, flaw_map: torch.Tensor, strength: float) -> tor
     """Noise of a latent plus strength times the map, the same on every channel.
 
     Args:
-        noise: (B, C, [T,] H, W). flaw_map: MASK (M, h, w) at image size, 0..1, M one, the batch, or all frames.
+        noise: (B, C, [T,] H, W). flaw_map: MASK (M, h, w) at image size, 0..1 (what is beyond is cut off), M one, the batch, all
+            frames of the latent, or of the image.
 
     Raises:
-        ValueError: NaN in the map, or a map that does not fit the latent.
+        ValueError: NaN in the map, a map that does not fit the latent, or a strength that is no number.
     """
+    if not math.isfinite(strength):
+        raise ValueError(f"strength is {strength}; a number is wanted, such as 0.01.")
     layout = FrameLayout.of([noise.shape])
     if layout is None:
         raise ValueError(f"flaw_map: the latent has no image part (its shape is {tuple(noise.shape)}), so no map fits it.")
-    maps = soft_mask_to_frames(flaw_map, layout, "flaw_map").to(noise)
+    maps = soft_mask_to_frames(flaw_map.clamp(0, 1), layout, "flaw_map", temporal_ratio(len(flaw_map), layout)).to(noise)
     return layout.with_frames(noise, layout.frames(noise) + strength * maps[:, None])
+
+
+def temporal_ratio(count: int, layout: FrameLayout) -> int | None:
+    """Image frames that one latent frame after the first must stand for, if so many masks are one an image frame: a NOISE does not
+    know the model."""
+    later, of_each = layout.frames_per_sample - 1, count // layout.batch - 1
+    return of_each // later if later and count % layout.batch == 0 and of_each >= later and of_each % later == 0 else None
 
 
 class FlawNoise:

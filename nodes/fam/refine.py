@@ -1,5 +1,6 @@
 """Refining: renoise the flawed regions of an image, resample them with the attention patch on, keep what got better."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import latent_preview
 
 from ..latents import FrameLayout, check_latent, soft_mask_to_frames
 from .attention import AttentionSettings, patch_attention
+from .families import family_of
 from .flaw_regions import fill_regions, soften
 from .grad_cam import flaw_map
 from .highlighter import FlawHighlighter
@@ -73,6 +75,13 @@ class Refiner:
         if self.layout is None:
             raise ValueError(f"latent: it has no image part (its shape is {tuple(samples.shape)}), so there is nothing to refine.")
         self.temporal_ratio = int(getattr(self.format, "temporal_downscale_ratio", 1) or 1)
+        self.attention, self.unpatched = AttentionSettings(settings.attention_strength), None
+        try:
+            if self.attention.strength:
+                family_of(model.get_model_object("diffusion_model"))
+        except ValueError as reason:
+            self.attention, self.unpatched = AttentionSettings(0.0), str(reason)
+            logging.warning("Artifact Guard: refining goes on without the attention patch. %s", reason)
         self.maps, self.probabilities = self.judge(self.samples)
         self.report = [{"sample": i, "before": p, "rounds": []} for i, p in enumerate(self.probabilities.tolist())]
 
@@ -96,8 +105,7 @@ class Refiner:
     def resample(self, regions: torch.Tensor, number: int) -> torch.Tensor:
         """The sample with its regions drawn anew; everything else keeps every bit."""
         settings, seed = self.settings, (self.settings.seed + number) % (1 << 64)
-        attention = AttentionSettings(settings.attention_strength)
-        model = patch_attention(self.model, self.maps, attention) if attention.strength else self.model
+        model = patch_attention(self.model, self.maps, self.attention)
         noise = comfy.sample.prepare_noise(self.samples, seed, self.latent.get("batch_index"))
         if settings.noise_strength:
             maps = soft_mask_to_frames(self.maps, self.layout, "flaw_map", self.temporal_ratio)
@@ -119,12 +127,19 @@ class Refiner:
         if not regions.any():
             return False
         redrawn = self.resample(regions, number)
+        whole = redrawn.flatten(1).isfinite().all(dim=1)
+        redrawn = torch.where(whole.view(-1, *[1] * (redrawn.ndim - 1)), redrawn, self.samples)
         maps, probabilities = self.judge(redrawn)
-        better = probabilities < self.probabilities
-        for entry, probability, kept, region in zip(self.report, probabilities.tolist(), better.tolist(), regions):
+        better = (probabilities < self.probabilities) & whole.cpu()
+        for entry, probability, kept, numbers, region in zip(
+            self.report, probabilities.tolist(), better.tolist(), whole.tolist(), regions
+        ):
             if region.any():
-                share = round((region > 0).float().mean().item(), 4)
-                entry["rounds"].append({"probability": probability, "kept": kept, "region": share})
+                told = {"probability": probability if numbers else None, "kept": kept}
+                told["region"] = round((region > 0).float().mean().item(), 4)
+                if not numbers:
+                    told["note"] = "undone: the sampler gave NaN or infinite values for this one"
+                entry["rounds"].append(told)
         self.samples = torch.where(better.view(-1, *[1] * (redrawn.ndim - 1)), redrawn, self.samples)
         frames = better.repeat_interleave(len(maps) // len(better))
         self.maps = torch.where(frames[:, None, None], maps, self.maps)
@@ -139,5 +154,8 @@ class Refiner:
         for entry, probability in zip(self.report, self.probabilities.tolist()):
             entry["after"] = probability
             if not entry["rounds"]:
-                entry["note"] = f"left as it is: judged sound (below {FLAWED}), or no region to redraw"
-        return {**self.latent, "samples": self.samples}, self.maps, {"images": self.report}
+                within = " inside the noise mask" if self.latent.get("noise_mask") is not None else ""
+                why = f"judged sound (below {FLAWED})" if entry["before"] < FLAWED else f"its map reaches the threshold nowhere{within}"
+                entry["note"] = f"left as it is: {why}"
+        report = {"images": self.report} | ({"note": self.unpatched} if self.unpatched else {})
+        return {**self.latent, "samples": self.samples}, self.maps, report

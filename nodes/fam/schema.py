@@ -152,7 +152,8 @@ class FAMRefine(io.ComfyNode):
                 *sampler_inputs("The seed of the noise; each round uses the next one.", "Number of steps a round."),
                 io.Float.Input(
                     "denoise", default=0.35, min=0.01, max=1.0, step=0.01,
-                    tooltip="How much of a region is forgotten: higher redraws more freely.",
+                    tooltip="How much of what a region is redrawn from is forgotten: higher redraws more freely. Its own content goes anyway, "
+                    "unless start_from is image.",
                 ),
                 io.Int.Input(
                     "rounds", default=1, min=1, max=20,
@@ -160,7 +161,7 @@ class FAMRefine(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "attention_strength", default=0.025, min=0.0, max=1.0, step=0.001, advanced=True,
-                    tooltip="Strength of the attention patch while redrawing. 0: without it, for models it cannot patch.",
+                    tooltip="Strength of the attention patch while redrawing. 0: without it, as are models that it cannot patch.",
                 ),
                 io.Float.Input(
                     "noise_strength", default=0.0, min=0.0, max=1.0, step=0.001, advanced=True,
@@ -168,7 +169,7 @@ class FAMRefine(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "threshold", default=0.5, min=0.01, max=1.0, step=0.01, advanced=True,
-                    tooltip="A region is where the map reaches this. Lower takes in more of the image.",
+                    tooltip="A region is where the map reaches this. Lower takes in more of the image; near 1 nothing is found.",
                 ),
                 io.Combo.Input(
                     "start_from", options=list(STARTS), default=STARTS[0], optional=True, advanced=True,

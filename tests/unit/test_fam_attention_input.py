@@ -61,6 +61,15 @@ def test_a_family_without_hook_is_refused_at_the_node(sd15, name, words):
         FAMAttentionPatch.execute(model, square(), 0.025, "key and value", 0.0, 1.0, "")
 
 
+def test_a_patch_that_does_nothing_suits_any_family(sd15):
+    """At strength 0 or with an empty map: the bare model, not a refusal."""
+    model = sd15.model.clone()
+    model.add_object_patch("diffusion_model", type("Network", (), {"__module__": "some.other"})())
+    for flaw_map, strength in ((square(), 0.0), (torch.zeros(1, 16, 16), 0.3)):
+        patched = FAMAttentionPatch.execute(model, flaw_map, strength, "key and value", 0.0, 1.0, "")[0]
+        assert patched.model_options == model.model_options and not patched.callbacks.get("on_cleanup")
+
+
 # Tokens
 
 def test_tokens_are_means_over_their_pixels():

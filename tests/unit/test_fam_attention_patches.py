@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comfy_extras import nodes_lt
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
@@ -55,6 +56,56 @@ def test_two_patches_multiply(sd15):
     factor = (marked / bare).median(dim=2).values.view(-1, 16, 16)
     assert torch.allclose(factor[:, :, :8], torch.tensor(1.5), rtol=1e-3)
     assert torch.allclose(factor[:, :, 8:], torch.tensor(1.2), rtol=1e-3)
+
+
+def rows_one_by_one(apply_model, given):
+    x, c = given["input"], given["c"]
+    of_row = [{k: v[i : i + 1] if isinstance(v, torch.Tensor) and len(v) == len(x) else v for k, v in c.items()} for i in range(len(x))]
+    return torch.cat([apply_model(x[i : i + 1], given["timestep"][i : i + 1], **of_row[i]) for i in range(len(x))])
+
+
+def two_tiles(apply_model, given):
+    halves = given["input"].chunk(2, dim=-1)
+    return torch.cat([apply_model(half, given["timestep"], **given["c"]) for half in halves], dim=-1)
+
+
+@pytest.mark.parametrize("wrapper", [rows_one_by_one, two_tiles])
+@pytest.mark.parametrize("family", ["sd15", "flux", "sd3", "wan"])
+def test_a_wrapper_that_cuts_the_latent_up(family, wrapper, caplog):
+    """As tiled diffusion does it: where the parts lie nobody tells, so the model runs as without the patch, which is said once."""
+    small = small_model(family)
+    model = small.model.clone()
+    model.set_model_unet_function_wrapper(wrapper)
+    bare, marked = (watched(small, flaw_map, model=model, steps=2) for flaw_map in (None, torch.ones(1, 16, 16)))
+    assert all(torch.equal(a, b) for a, b in zip(bare.keys, marked.keys, strict=True))
+    assert caplog.text.count("the flaw attention patch is off in this run") == 1
+
+
+def test_a_wrapper_that_hands_the_latent_on(sd15, caplog):
+    model = sd15.model.clone()
+    model.set_model_unet_function_wrapper(lambda apply_model, given: apply_model(given["input"], given["timestep"], **given["c"]))
+    bare, marked = (watched(sd15, flaw_map, model=model) for flaw_map in (None, torch.ones(1, 16, 16)))
+    assert not torch.equal(bare.keys[0], marked.keys[0]) and "is off" not in caplog.text
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_ltx_with_a_guide(strength):
+    """Below strength 1 core asks the self-attention in two parts, the guide's queries and the others: both with scaled keys."""
+    small = small_model("ltxv")
+    latent, random = small.latent(1, frames=3), torch.Generator().manual_seed(5)
+    guide = torch.randn(1, 128, 1, 8, 8, generator=random)
+    positive, negative, samples, mask = nodes_lt.LTXVAddGuide.append_keyframe(
+        small.conditioning(1), small.conditioning(2), 0, latent["samples"], torch.ones(1, 1, 3, 1, 1), guide, 1.0, [8, 32, 32]
+    )
+    if not hasattr(nodes_lt, "_append_guide_attention_entry"):
+        pytest.skip("this release of ComfyUI has no guides of another strength")
+    positive, negative = nodes_lt._append_guide_attention_entry(positive, negative, 64, [1, 8, 8], strength=strength)
+    given = {"latent": {"samples": samples, "noise_mask": mask}, "positive": positive, "negative": negative}
+    bare, marked = (watched(small, flaw_map, **given) for flaw_map in (None, torch.ones(1, 8, 8)))
+    tokens = samples[0, 0].numel()
+    scaled = [not torch.equal(a, b) for a, b in zip(bare.keys, marked.keys, strict=True)]
+    of_image = [a.shape[1] == tokens for a in bare.keys]
+    assert scaled == of_image and sum(of_image) > 0 and not all(of_image)
 
 
 # Ranges and blocks

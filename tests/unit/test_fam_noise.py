@@ -47,6 +47,28 @@ def test_noise_of_videos_and_nested_latents():
     assert result[0][:, :, 2].min() == 1 and not result[1].any()
 
 
+def test_maps_of_a_videos_image_frames():
+    """9 masks of 9 image frames, 3 latent frames: each of the later ones has the mean of its 4."""
+    noise, video = RandomNoise.execute(1)[0], {"samples": torch.zeros(2, 4, 3, 8, 8)}
+    frames = torch.arange(9.0).div(10).view(-1, 1, 1).expand(-1, 16, 16)
+    difference = FlawNoise(noise, torch.cat([frames, frames]), 1.0).generate_noise(video) - noise.generate_noise(video)
+    wanted = torch.tensor([0.0, 0.25, 0.65]).view(1, 1, 3, 1, 1).expand_as(difference)
+    assert torch.allclose(difference, wanted, atol=1e-5)
+
+
+def test_maps_are_cut_off_at_0_and_1():
+    noise, latent = RandomNoise.execute(1)[0], {"samples": torch.zeros(1, 4, 8, 8)}
+    for value, wanted in ((5.0, 0.5), (-5.0, 0.0)):
+        flaw_map = torch.full((1, 8, 8), value)
+        difference = FlawNoise(noise, flaw_map, 0.5).generate_noise(latent) - noise.generate_noise(latent)
+        assert torch.allclose(difference, torch.tensor(wanted), atol=1e-6)
+
+
+def test_a_strength_that_is_no_number():
+    with pytest.raises(ValueError, match="strength is nan"):
+        FlawNoise(RandomNoise.execute(1)[0], torch.ones(1, 8, 8), float("nan")).generate_noise({"samples": torch.zeros(1, 4, 8, 8)})
+
+
 @pytest.mark.parametrize("flaw_map, words", [
     (torch.full((1, 8, 8), torch.nan), "flaw_map: the mask holds NaN"), (torch.ones(1, 8, 16), "does not have the shape"),
     (torch.ones(5, 8, 8), "5 masks came for 2 samples"),

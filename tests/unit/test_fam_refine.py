@@ -19,15 +19,17 @@ class Judge:
     SQUARE = (slice(None), slice(8, 16), slice(8, 16))
 
 
+def by_brightness(highlighter, image):
+    """A flaw map: bright squares are flawed."""
+    maps = torch.zeros(image.shape[:3])
+    maps[Judge.SQUARE] = 1
+    return maps, image[Judge.SQUARE].mean(dim=(1, 2, 3)).clamp(0, 1)
+
+
 @pytest.fixture(autouse=True)
 def judged_by_brightness(monkeypatch):
-    """Replaces the flaw map of this module's refiner: bright squares are flawed."""
-    def flaw_map(highlighter, image):
-        maps = torch.zeros(image.shape[:3])
-        maps[Judge.SQUARE] = 1
-        return maps, image[Judge.SQUARE].mean(dim=(1, 2, 3)).clamp(0, 1)
-
-    monkeypatch.setattr(refine, "flaw_map", flaw_map)
+    """Replaces the flaw map of this module's refiner."""
+    monkeypatch.setattr(refine, "flaw_map", by_brightness)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,39 @@ def test_a_round_that_made_it_worse_is_undone(demo, monkeypatch):
     assert [r["kept"] for r in first["rounds"]] == [True, False] and first["after"] == pytest.approx(0.6)
     assert [r["kept"] for r in second["rounds"]] == [False, True] and second["after"] == pytest.approx(0.5)
     assert first["before"] == second["before"] == pytest.approx(0.8)
+
+
+def test_a_sample_of_nan_is_undone(demo, monkeypatch):
+    """The sampler gives NaN for the second image: it stays as it was, and its batch-mates are refined."""
+    resample = Refiner.resample
+
+    def broken(refiner, regions, number):
+        redrawn = resample(refiner, regions, number)
+        redrawn[1, 0, 10, 10] = torch.nan
+        return redrawn
+
+    monkeypatch.setattr(Refiner, "resample", broken)
+    latent = flawed(3)
+    refined, maps, report = run(demo, latent)
+    assert torch.isfinite(refined["samples"]).all() and torch.equal(refined["samples"][1], latent["samples"][1])
+    (told,) = report["images"][1]["rounds"]
+    assert told["probability"] is None and not told["kept"] and "NaN" in told["note"]
+    assert json.loads(json.dumps(report)) == report
+    assert all(entry["rounds"][0]["kept"] and "note" not in entry["rounds"][0] for entry in report["images"][::2])
+
+
+def test_models_that_cannot_be_patched_are_refined_without(demo, monkeypatch):
+    """As at attention_strength 0, and the report says why."""
+    def refuse(network):
+        raise ValueError("model: PixArt lets nobody reach its attention")
+
+    monkeypatch.setattr(refine, "family_of", refuse)
+    refined, _, report = run(demo, flawed(), attention_strength=0.5)
+    monkeypatch.undo()
+    assert "PixArt" in report["note"]
+    monkeypatch.setattr(refine, "flaw_map", by_brightness)
+    bare, _, bare_report = run(demo, flawed(), attention_strength=0.0)
+    assert torch.equal(refined["samples"], bare["samples"]) and "note" not in bare_report
 
 
 def test_sound_images_are_left_alone(demo):
