@@ -66,12 +66,12 @@ class FrameLayout:
         return comfy.utils.pack_latents(parts)[0]
 
 
-def mask_to_frames(mask: torch.Tensor, layout: FrameLayout, name: str) -> torch.Tensor:
+def mask_to_frames(mask: torch.Tensor, layout: FrameLayout, name: str, temporal_ratio: int | None = None) -> torch.Tensor:
     """A user's MASK at image size as a boolean mask of every latent frame, (B * T, H, W): more than half covered.
 
     Args and errors: see `soft_mask_to_frames`.
     """
-    return soft_mask_to_frames(mask, layout, name) > 0.5
+    return soft_mask_to_frames(mask, layout, name, temporal_ratio) > 0.5
 
 
 def soft_mask_to_frames(

@@ -86,7 +86,8 @@ class RunReport(Generic[Record]):
         if not self.runs:
             raise ValueError(
                 f"This report is empty: the {self.patched} model was not sampled yet. Connect `latent` to the output "
-                f"of the sampler that uses the {self.patched} MODEL, so that the report is read after it."
+                f"of the sampler that uses the {self.patched} MODEL, so that the report is read after it. A run without steps "
+                "(denoise 0, or a start after the last step) leaves nothing to report either."
             )
         newest = copy.copy(self.runs[-1])
         if newest.layout is not None:

@@ -49,15 +49,15 @@ class GuardedRun:
     """The guard's state in one call of a sampler: made when sampling starts, gone when it ends.
 
     schedule: the run's sigmas, on the CPU. steps: the coefficients (a, b) of all but the last.
-    `unguarded` is what the sampler gave without a repair and the sigma it ended at, if the user wants it kept: the first
-    leg then runs to its end, with the restart `waiting` until it is there.
+    keep_unguarded: the first leg of a run that is repaired runs to its end, with the restart `waiting` until then; `unguarded` is
+    what the sampler gave there, and the sigma it ended at.
     """
 
     def __init__(
-        self, settings: GuardSettings, record: RunRecord, watch: Watch, model_sampling, schedule: torch.Tensor,
-        steps: list[tuple[float, float]],
+        self, record: RunRecord, watch: Watch, model_sampling, schedule: torch.Tensor,
+        steps: list[tuple[float, float]], keep_unguarded: bool,
     ):
-        self.settings = settings
+        self.keep_unguarded = keep_unguarded
         self.record = record
         self.watch = watch
         self.model_sampling = model_sampling
@@ -92,7 +92,7 @@ class GuardedRun:
             except Restart as left:
                 if left.run is not self:
                     raise
-                restart = left
+                restart = left.with_traceback(None)  # which holds all that the sampler had at hand
             finally:
                 self.record.model_calls += probe.calls
             x, known = restart.x, None
@@ -161,7 +161,7 @@ class GuardedRun:
             if repaired is None:
                 return
             restart = Restart(self, repaired, sigma)
-            if not (self.settings.options.keep_unguarded and self.unguarded is None):
+            if not self.keep_unguarded or self.unguarded is not None:
                 raise restart
             self.waiting = restart
 
@@ -199,11 +199,18 @@ def reason_not_to_guard(sampler, model_sampling, sigmas: list[float], layout: Fr
         return f"the sampler {type(sampler).__name__} is not of ComfyUI's common kind and cannot be restarted"
     if layout is None:
         return "the latent has no image part (no two spatial axes)"
-    if len(sigmas) < 2 or any(now <= after for now, after in zip(sigmas, sigmas[1:])):
+    if len(sigmas) < 2:
+        return "a run of 0 steps has nothing to guard"
+    if any(now <= after for now, after in zip(sigmas, sigmas[1:])):
         return "the noise schedule does not fall from step to step"
     if coefficients(model_sampling, sigmas[0])[1] == 0:
         return "this model's sampling adds no noise, so nothing can be renoised"
     return None
+
+
+def is_a_guard(wrapper) -> bool:
+    """Whether a wrapper around a sampler is one of a guarded model."""
+    return getattr(getattr(wrapper, "func", None), "__func__", None) is GuardPatch.sampler_sample
 
 
 def guard_model(
@@ -241,7 +248,8 @@ class GuardPatch:
         check_latent(latent_image, model.latent_format, nested=len(shapes) > 1)
         region = None
         if layout is not None and self.region is not None:
-            region = mask_to_frames(self.region, layout, "region").to(guider.model_patcher.load_device)
+            ratio = int(getattr(model.latent_format, "temporal_downscale_ratio", 1) or 1)
+            region = mask_to_frames(self.region, layout, "region", ratio).to(guider.model_patcher.load_device)
 
         record = RunRecord(self.settings, layout, model.latent_format)
         wrapper = functools.partial(self.sampler_sample, record=record, region=region)
@@ -286,7 +294,11 @@ class GuardPatch:
         if denoise_mask is not None:
             valid = layout.frames(denoise_mask.expand(noise.shape))[:, 0] > 0
         watch = Watch(self.settings, record, region, valid, extra_args.get("seed") or 0)
-        run = GuardedRun(self.settings, record, watch, model_sampling, schedule, steps)
+        keep_unguarded = self.settings.options.keep_unguarded
+        if keep_unguarded and sum(map(is_a_guard, executor.wrappers)) > 1:
+            keep_unguarded = False
+            record.refuse_unguarded("another guard on the same model may restart the run before it is there")
+        run = GuardedRun(record, watch, model_sampling, schedule, steps, keep_unguarded)
         guarded = copy.copy(sampler)
         guarded.sampler_function = functools.wraps(sampler.sampler_function)(
             functools.partial(run.sample, sampler.sampler_function)

@@ -58,8 +58,8 @@ def draw_overlay(record: RunRecord, latent: dict, image: torch.Tensor | None) ->
     mask = record.artifact_mask()
     if image is None:
         image = preview_latent(latent["samples"], record.latent_format)
-        if len(image) not in (1, len(mask)):
-            mask = mask[:: max(1, len(mask) // len(image))][: len(image)]
+        if record.regions is not None:  # a picture a latent frame, and no more of them than the run had
+            mask, image = (frames[: min(len(record.regions), len(image))] for frames in (record.regions.float(), image))
     elif len(image) not in (1, len(mask)):
         raise ValueError(
             f"image: {len(image)} pictures came for a run of {len(mask)}. Connect the decoded output of the same sampler."

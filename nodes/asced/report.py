@@ -43,6 +43,7 @@ class RunRecord:
         self.undone: torch.Tensor | None = None
         self.fallen_back: torch.Tensor | None = None
         self.unguarded: torch.Tensor | None = None
+        self.kept_apart: str | None = None
         self.model_calls = 0
         self.restarts = 0
         self.redraws = 0
@@ -99,6 +100,11 @@ class RunRecord:
         """Take in what the run would have given without its repairs, a sampler's tensor in the latent's own units."""
         self.unguarded = samples.cpu()
 
+    def refuse_unguarded(self, reason: str) -> None:
+        """What the run would have given without its repairs is not kept, and this is why."""
+        self.kept_apart = reason
+        self.note(f"keep_unguarded has no effect: {reason}.")
+
     def close(self, output: torch.Tensor) -> None:
         """The run is over: bring everything to the CPU and remember what its output looks like."""
         self.speed.close()
@@ -108,9 +114,9 @@ class RunRecord:
             for name in ("regions", "repaired", "doubted", "undone", "fallen_back"):
                 mask = getattr(self, name)
                 setattr(self, name, empty if mask is None else mask.cpu())
-            for name in ("peak", "onset"):
+            for name, largest in (("peak", 1e6), ("onset", math.inf)):  # from pure noise on is an onset of inf
                 values = getattr(self, name)
-                setattr(self, name, empty.float() if values is None else values.float().nan_to_num(0.0, posinf=1e6).cpu())
+                setattr(self, name, empty.float() if values is None else values.float().nan_to_num(0.0, posinf=largest).cpu())
             self.fingerprint = fingerprint(self.layout.frames(output))
 
     def artifact_mask(self) -> torch.Tensor:
@@ -131,6 +137,10 @@ class RunRecord:
         """
         if self.restarts == 0:
             return latent
+        if self.unguarded is None and self.settings.options.keep_unguarded:
+            raise ValueError(
+                "The unguarded result was not kept: " + (self.kept_apart or "the run ended before it was there") + "."
+            )
         if self.unguarded is None:
             raise ValueError(
                 "The unguarded result was not kept: this run was repaired, and what it gives without that is only there "
@@ -142,9 +152,8 @@ class RunRecord:
         return {**latent, "samples": samples}
 
     def phases(self, frame: int | None = None) -> tuple[int, int] | None:
-        """Where Mutation and Refinement begin, as indices into `speed.ratios`; of one frame or of their mean.
-
-        None if the run was too short to tell.
+        """Where Mutation and Refinement begin, as indices into `speed.ratios`, which may be their number: not in this run. Of one
+        frame or of their mean. None if the run was too short to tell, or nothing moved.
         """
         if len(self.speed.ratios) < MIN_STEPS:
             return None
@@ -191,7 +200,8 @@ class RunRecord:
             "artifact_fraction": self.regions[frame].float().mean().item(),
             "repaired_fraction": self.repaired[frame].float().mean().item(),
             "phases": None if phases is None else {
-                name: finite(self.speed.ratios[index]) for name, index in zip(("mutation_from", "refinement_from"), phases)
+                name: finite(self.speed.ratios[index]) if index < len(self.speed.ratios) else None
+                for name, index in zip(("mutation_from", "refinement_from"), phases)
             },
             "regions": found,
         }
@@ -254,8 +264,17 @@ class ArtifactReport(RunReport[RunRecord]):
         """
         if self.settings.strength > 0:
             return super().find(latent)
+        return self._unguarded(latent, "the guard is off (strength 0)")
+
+    def add_unsampled(self, latent: dict) -> None:
+        """Take in a run of no steps, which gives the LATENT that it was given and of which the guard hears nothing."""
+        record = self._unguarded(latent, "a run of 0 steps has nothing to guard")
+        self.add(record, image_part(latent)[1])
+
+    def _unguarded(self, latent: dict, reason: str) -> RunRecord:
+        """A record of a run that gave this LATENT and was not looked at."""
         layout, output = image_part(latent)
         record = RunRecord(self.settings, layout, self.latent_format)
-        record.refuse("the guard is off (strength 0)")
+        record.refuse(reason)
         record.close(output)
         return record

@@ -238,6 +238,8 @@ class ASCEDKSampler(io.ComfyNode):
         (latent,) = core_nodes.common_ksampler(
             guarded, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
+        if not report.runs and strength > 0:
+            report.add_unsampled(latent)
         record = report.find(latent)
         add_to_metadata(cls.hidden, record)
         return io.NodeOutput(latent, record.artifact_mask(), report)

@@ -1,5 +1,6 @@
 """What the guard sees of one run: compares clean estimates inside the window, decides once a round, repairs, verifies."""
 
+import functools
 from collections import deque
 
 import torch
@@ -68,6 +69,7 @@ class Watch:
         self.of_sample = detector_class(settings.options).of_sample
         self.previous: Estimate | None = None
         self.repair: Repair | None = None
+        self.earlier: list[Repair] = []
         self.sure: torch.Tensor | None = None
         self.window = record.window
         self.detector: Detector | None = None
@@ -124,6 +126,8 @@ class Watch:
         if repaired is None:
             return None
         repaired = self.layout.with_frames(estimate.x, repaired)
+        if self.repair is not None:
+            self.earlier.append(self.repair)
         self.repair = Repair(
             self.layout, estimate.x, estimate.denoised, regions & mask, mask, self.sure, now.denoised
         )
@@ -173,12 +177,14 @@ class Watch:
         findings = self.detector.findings(self.layout.frames_per_sample)
         if self.repair is None:
             return findings
-        again = self.repair.to_draw_again(now.denoised)
+        repairs = [*self.earlier, self.repair]
+        again = functools.reduce(torch.logical_or, (repair.to_draw_again(now.denoised) for repair in repairs))
         if findings is None:  # the sample was renoised at every step, so that none could be compared
             nothing = torch.zeros(again.shape, device=again.device)
             return Findings(again, nothing, nothing, suspected=True)
         likely, sure = (None if marked is None else marked | again for marked in (findings.likely, findings.sure))
-        regions = (findings.regions & ~self.repair.mask) | again
+        repaired = functools.reduce(torch.logical_or, (repair.mask for repair in repairs))
+        regions = (findings.regions & ~repaired) | again
         return findings._replace(regions=regions, suspected=True, likely=likely, sure=sure)
 
     def _doubted(self, findings: Findings, mask: torch.Tensor) -> torch.Tensor | None:
@@ -245,5 +251,6 @@ class Watch:
     def finish(self) -> None:
         """The run is over: what became of the repairs, by its last estimate."""
         if self.previous is not None and self.repair is not None:
-            self.record.fallen_back = self.repair.fallen_back(self.previous.denoised)
+            back = (repair.fallen_back(self.previous.denoised) for repair in (*self.earlier, self.repair))
+            self.record.fallen_back = functools.reduce(torch.logical_or, back)
 

@@ -73,7 +73,7 @@ def plan_window(
     return Window(first, correct)
 
 
-def estimate_phases(speeds: list[float], lengths: list[float]) -> tuple[int, int]:
+def estimate_phases(speeds: list[float], lengths: list[float]) -> tuple[int, int] | None:
     """Where the Mutation and the Refinement phase of a run begin, from how fast its clean estimate moves.
 
     The speed over ln(b / a), in which all schedules are alike, has one hump. Mutation is where it is at least half as
@@ -83,10 +83,13 @@ def estimate_phases(speeds: list[float], lengths: list[float]) -> tuple[int, int
         speeds: mean |D_t - D_(t-1)| of each step; lengths: how far ln(b / a) fell in it, inf from pure noise.
 
     Returns:
-        (first step of Mutation, first step of Refinement), indices into `speeds`; the latter may be their number.
+        (first step of Mutation, first step of Refinement), indices into `speeds`; the latter is their number where the run ends
+        before it gets there. None if nothing moves.
     """
     rates = [speed / length if 0 < length < math.inf else 0.0 for speed, length in zip(speeds, lengths)]
     top = max(range(len(rates)), key=rates.__getitem__)
+    if not rates[top] > 0:
+        return None
     first = after = top
     while first > 0 and rates[first - 1] >= rates[top] / 2:
         first -= 1

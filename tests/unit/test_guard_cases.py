@@ -1,7 +1,9 @@
 """The guard beside what people do: image to image, inpainting, video, two stages, rounds, corrections, reports."""
 
+import gc
 import json
 import math
+import weakref
 from unittest import mock
 
 import comfy.nested_tensor
@@ -16,6 +18,7 @@ from artifact_guard.nodes.asced.options import GuardSettings
 from artifact_guard.nodes.asced.schema import ASCEDKSampler, ASCEDReport, ASCEDUnguarded
 from artifact_guard.nodes.asced.watch import Watch
 from artifact_guard.nodes.asced.window import Window, plan_window
+from artifact_guard.nodes.demo.model import class_token, load_demo_model
 from artifact_guard.nodes.latents import FrameLayout
 from comfy.patcher_extension import WrappersMP
 
@@ -105,6 +108,7 @@ def test_two_stages_are_two_runs():
     half, whole = stages(guarded)
     first, second = report.runs
     assert report.find(half) is first and report.find(whole) is second
+    assert all(json.dumps(record.summary(), allow_nan=False) for record in report.runs)
     assert first.restarts == 1 and found(first) == [False, True, False]
     assert second.restarts == 1 and found(second) == [False, True, False], "the trap springs anew there, at the first call"
     assert len(first.ratios) == len(second.ratios) == 6 and second.reason is None
@@ -219,6 +223,114 @@ def test_sampler_and_report_nodes():
     (region,) = summary["images"][1]["regions"]
     assert region["area"] * HEIGHT * WIDTH == pytest.approx(mask[1].sum().item())
     assert summary["images"][1]["repaired_fraction"] > region["area"]
+
+
+def demo_run(sampler="euler", scheduler="simple", steps=4, denoise=1.0, **latent):
+    """What ASCEDKSampler gives on the demo model, and the summary of its run."""
+    prompt = [[class_token(1), {}]]
+    with torch.inference_mode():
+        given = {"samples": torch.zeros(2, 3, 32, 32), **latent}
+        latent, mask, report = ASCEDKSampler.execute(
+            load_demo_model()[0], 3, steps, 1.0, sampler, scheduler, prompt, prompt, given, denoise, "correct", 1.0, 1.0
+        ).result
+        return given, latent, mask, json.loads(ASCEDReport.execute(report, latent).result[-1])
+
+
+@pytest.mark.parametrize("sampler, scheduler, steps", [
+    ("lcm", "simple", 4), ("euler", "sgm_uniform", 4), ("euler", "simple", 5), ("euler", "beta", 6), ("dpmpp_2m", "simple", 3),
+])
+def test_few_steps_are_reported(sampler, scheduler, steps):
+    """As distilled models are sampled: where the run ends before its last phase, the summary has null for that."""
+    described = demo_run(sampler, scheduler, steps)[-1]["images"]
+    phases = [image["phases"] for image in described if image["phases"] is not None]
+    assert len(described) == 2 and all({type(value) for value in of.values()} <= {float, type(None)} for of in phases)
+
+
+def test_a_sample_that_does_not_move_has_no_phases():
+    """A noise mask that keeps one picture of the batch as it is, as image to video keeps the first frame."""
+    mask = torch.stack([torch.zeros(32, 32), torch.ones(32, 32)])
+    still, moving = demo_run(steps=12, noise_mask=mask)[-1]["images"]
+    assert still["phases"] is None and moving["phases"] is not None
+
+
+def test_a_run_of_no_steps():
+    """KSampler (ASCED) at denoise 0 gives what KSampler gives, and says that there was nothing to guard."""
+    given, latent, mask, summary = demo_run(denoise=0.0)
+    assert torch.equal(latent["samples"], given["samples"]) and mask.shape[0] == 2 and not mask.any()
+    assert summary["reason"] == "a run of 0 steps has nothing to guard"
+    guarded, report = guard(trapped_model())
+    output = ksampler(guarded, denoise=0.0)
+    with pytest.raises(ValueError, match="A run without steps .denoise 0"):
+        ASCEDReport.execute(report, {"samples": output})
+
+
+def test_what_a_restart_leaves_behind_is_let_go():
+    """The exception that ends a leg does not keep the sampler's tensors until the garbage collector comes."""
+    legs, estimates = [], []
+
+    def euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        legs.append(len(sigmas))
+        for step in range(len(sigmas) - 1):
+            denoised = model(x, sigmas[step] * x.new_ones(len(x)), **extra_args)
+            estimates.append(weakref.ref(denoised))
+            callback({"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": denoised})
+            x = x + (x - denoised) / sigmas[step] * (sigmas[step + 1] - sigmas[step])
+        return x
+
+    guarded, _ = guard(trapped_model())
+    gc.collect()
+    gc.disable()
+    try:
+        Run(guarded, euler).start()
+        alive = [number for number, estimate in enumerate(estimates) if estimate() is not None]
+    finally:
+        gc.enable()
+    assert len(legs) > 1 and alive == []
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("keep", [(True, False), (False, True), (True, True)])
+def test_the_unguarded_result_where_guards_stack(order, keep):
+    """What both repair is what they repair without keep_unguarded; the unguarded result is not kept, which is said."""
+    model = exact_model(images(), "flow", traps=[trap([1]), trap([0], ELSEWHERE, at=0.9)])
+    windows = [{"detect_from": 0.1, "correct_at": 0.4}, {"detect_from": 0.5, "correct_at": 0.7}]
+
+    def run(keep):
+        guarded, reports = model, {}
+        for number in order:
+            options = {"detector": "clean estimate", "correction": "targeted", "keep_unguarded": keep[number]}
+            guarded, reports[number] = guard(guarded, window="manual", options=options, **windows[number])
+        return {"samples": Run(guarded).start().output}, reports
+
+    plain, kept = run((False, False)), run(keep)
+    assert same(plain[0]["samples"], kept[0]["samples"]) and plain[1][0].runs[0].restarts == 1
+    for number in (0, 1):
+        if keep[number] and kept[1][number].runs[0].restarts:
+            with pytest.raises(ValueError, match="not kept: another guard on the same model"):
+                ASCEDUnguarded.execute(kept[1][number], kept[0])
+            assert "keep_unguarded has no effect" in kept[1][number].runs[0].summary()["notes"][0]
+
+
+def test_onset_in_pure_noise_is_step_0():
+    model = exact_model(images(), "flow", traps=[trap([1], at=60.0, amplitude=40.0)])
+    guarded, report = guard(model, window="manual", detect_from=0.0, correct_at=0.4, options={"detector": "clean estimate"})
+    Run(guarded).start()
+    described = report.runs[0].summary()["images"][1]["regions"]
+    assert {"step": 0, "noise_ratio": None} in [region["onset"] for region in described]
+
+
+def test_a_region_a_frame_of_a_decoded_video():
+    """9 masks of 9 image frames for 3 latent frames: repair is allowed in the last frame alone."""
+    video = torch.stack([images(), images().flip(-1), images().flip(-2)], dim=2)
+    planted = ScriptedTrap(trap([0], batch=1).mask, torch.ones(1, CHANNELS, 3, HEIGHT, WIDTH), 10.0, (TRAP_AT,))
+    model = exact_model(video, traps=[planted])
+    model.model.latent_format.temporal_downscale_ratio = 4
+    region = torch.zeros(9, HEIGHT, WIDTH)
+    region[5:] = 1
+    guarded, report = guard(model, region=region)
+    ksampler(guarded, latent={"samples": torch.zeros(1, CHANNELS, 3, HEIGHT, WIDTH)})
+    (record,) = report.runs
+    assert found(record)[2] and record.repaired.flatten(1).any(1).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "uni_pc", "euler_cfg_pp"])
@@ -376,15 +488,20 @@ def test_what_the_detector_doubts_is_not_drawn_again():
 
 def test_later_rounds_look_beside_what_was_repaired():
     """What was repaired moves because it was: found anew it does not count, unless it fell back and is to be drawn again."""
-    square, elsewhere, again = torch.zeros(3, 1, HEIGHT, WIDTH, dtype=torch.bool)
+    square, elsewhere, first, again, of_first = torch.zeros(5, 1, HEIGHT, WIDTH, dtype=torch.bool)
     square[(0, *SQUARE)] = elsewhere[(0, *ELSEWHERE)] = True
-    again[0, -1, -1] = True
+    first[0, 0] = again[0, -1, -1] = of_first[0, 0, 0] = True
     score = torch.zeros(1, HEIGHT, WIDTH)
-    round_two = mock.Mock()
-    round_two.detector.findings.return_value = Findings(square | elsewhere, score, score, True)
-    round_two.repair.mask = square
-    round_two.repair.to_draw_again.return_value = again
-    assert torch.equal(Watch._findings(round_two, mock.Mock()).regions, elsewhere | again)
+    later_round = mock.Mock()
+    later_round.detector.findings.return_value = Findings(square | elsewhere | first, score, score, True)
+    later_round.repair.mask, later_round.earlier = square, [mock.Mock(mask=first)]
+    later_round.repair.to_draw_again.return_value = again
+    later_round.earlier[0].to_draw_again.return_value = of_first
+    assert torch.equal(Watch._findings(later_round, mock.Mock()).regions, elsewhere | again | of_first)
+    later_round.repair.fallen_back.return_value = again
+    later_round.earlier[0].fallen_back.return_value = of_first
+    Watch.finish(later_round)
+    assert torch.equal(later_round.record.fallen_back, again | of_first)
 
 
 def test_window_of_a_run_that_enters_late():

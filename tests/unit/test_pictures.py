@@ -2,6 +2,7 @@
 
 import math
 
+import comfy.latent_formats as latent_formats
 import pytest
 import torch
 from artifact_guard.nodes.asced.detector import Findings
@@ -81,6 +82,7 @@ def test_phases_are_those_of_the_run():
         ("Profiling", 0.0, 1.0), ("Mutation", 1.0, 3.0), ("Refinement", 3.0, 4.0)
     ]
     assert estimate_phases([9.0, 1.0, 4.0], [math.inf, 1.0, 1.0]) == (2, 3), "a step from pure noise has no rate"
+    assert estimate_phases([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]) is None
 
 
 def test_the_summary_tells_of_every_region():
@@ -107,6 +109,21 @@ def test_curves_and_overlay_of_a_run():
     assert draw_overlay(record, latent, torch.zeros(1, 64, 64, 3)).shape == (2, 256, 256, 3)
     with pytest.raises(ValueError, match="3 pictures came for a run of 2"):
         draw_overlay(record, latent, torch.zeros(3, 64, 64, 3))
+
+
+def test_a_previews_frames_are_those_of_the_latent():
+    """Of a video whose latent frames stand for four frames each: the picture that is marked is that of the frame found."""
+    layout = FrameLayout.of([(1, 16, 21, 8, 8)])
+    record = RunRecord(GuardSettings(), layout, latent_formats.Wan21())
+    where = torch.zeros(21, 8, 8, dtype=torch.bool)
+    where[10, 2:5, 2:5] = True
+    record.add_findings(Findings(where, where * 2.0, where * 4.0, suspected=True))
+    record.close(torch.zeros(1, 16, 21, 8, 8))
+    latent = {"samples": torch.zeros(1, 16, 21, 8, 8)}
+    marked = draw_overlay(record, latent, None)
+    assert len(marked) == 21 and [i for i, picture in enumerate(marked) if not torch.equal(picture, marked[0])] == [10]
+    repeated = draw_overlay(record, {"samples": latent["samples"].repeat(2, 1, 1, 1, 1)}, None)
+    assert torch.equal(repeated, marked)
 
 
 def test_curves_of_an_unguarded_run_say_so():
