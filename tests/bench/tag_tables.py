@@ -96,7 +96,7 @@ def costs(figures: dict) -> list[str]:
 
 
 def toys(figures: dict) -> list[str]:
-    """The trained toy after a drift, with noise or few steps, and the one with the exact score after a drift."""
+    """The trained toy after a drift, with noise or few steps (of the predictors the one of 3 layers), and the one with the exact score."""
     groups: dict[str, list] = {"toy: W1 after drift": [], "toy: W1 with noise at each of 25 steps, or few steps": [], "toy with the exact score": []}
     drift, others, exact = groups.values()
     for case, row in figures.items():
@@ -105,7 +105,10 @@ def toys(figures: dict) -> list[str]:
             ratio = None
         elif not case.endswith("off"):
             ratio = f"{ratio} ({interval})"
-        of = exact if case.startswith(("exact model", "real points")) else others if case.startswith("noise") or " steps, " in case else drift
+        apart = case.startswith("noise") or " steps, " in case
+        if apart and "predictor of" in case and "of 3 layers" not in case:
+            continue
+        of = exact if case.startswith(("exact model", "real points")) else others if apart else drift
         of.append([case.removeprefix("exact model, "), ", ".join(f"{w:.2f}" for w in row["W1"]), ratio])
     return [table([name, "W1, seed by seed", "ratio"], rows) for name, rows in groups.items()]
 
