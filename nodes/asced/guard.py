@@ -7,6 +7,7 @@ carries the repaired sample, and the same sampler is run again on the rest of th
 
 import copy
 import functools
+import math
 import time
 
 import torch
@@ -201,6 +202,8 @@ def reason_not_to_guard(sampler, model_sampling, sigmas: list[float], layout: Fr
         return "the latent has no image part (no two spatial axes)"
     if len(sigmas) < 2:
         return "a run of 0 steps has nothing to guard"
+    if not all(map(math.isfinite, sigmas)):
+        return "the noise schedule holds values that are no numbers"
     if any(now <= after for now, after in zip(sigmas, sigmas[1:])):
         return "the noise schedule does not fall from step to step"
     if coefficients(model_sampling, sigmas[0])[1] == 0:

@@ -1,5 +1,6 @@
 """Time gaps of a run: how far, at each model call, the time at which a sample seems to lie is from the step's time."""
 
+import math
 from dataclasses import asdict
 
 import torch
@@ -64,16 +65,21 @@ class RunRecord:
             "notes": self.notes,
             "settings": asdict(self.settings),
             "estimate_of_time": "time predictor" if self.settings.predictor else "training-free",
-            "time_gap": round(self.time_gap(), 3),
+            "time_gap": rounded(self.time_gap(), 3),
             "steps": [
-                {"time": round(time, 2), "estimated": round(estimate, 2), "gap": round(gap, 2)}
+                {"time": rounded(time, 2), "estimated": rounded(estimate, 2), "gap": rounded(gap, 2)}
                 for time, estimate, gap in zip(
                     self.times.mean(dim=1).tolist(), self.estimates.mean(dim=1).tolist(), self.gaps().mean(dim=1).tolist()
                 )
             ] if self.times.numel() else [],
-            "samples": [{"sample": i, "time_gap": round(gap, 3)} for i, gap in enumerate(self.gaps().mean(dim=0).tolist())]
+            "samples": [{"sample": i, "time_gap": rounded(gap, 3)} for i, gap in enumerate(self.gaps().mean(dim=0).tolist())]
             if self.times.numel() else [],
         }
+
+
+def rounded(value: float, digits: int) -> float | None:
+    """The value for JSON; None (null) where it is no number, as in a run whose schedule has none: kl_optimal of one step."""
+    return round(value, digits) if math.isfinite(value) else None
 
 
 class TimeGapReport(RunReport[RunRecord]):

@@ -154,6 +154,13 @@ def test_rising_schedule():
     unguarded(trapped_model(), "does not fall", sigmas=schedule(trapped_model())[:-1].flip(0).contiguous())
 
 
+def test_a_schedule_without_steps_or_numbers():
+    sigmas = schedule(exact_model(images()))
+    sigmas[3] = torch.nan
+    unguarded(exact_model(images()), "values that are no numbers", sigmas=sigmas)
+    unguarded(exact_model(images()), "a run of 0 steps", sigmas=schedule(exact_model(images()))[:1])
+
+
 class OwnSampler(comfy.samplers.Sampler):
     """Euler's method as another pack may write it: a Sampler that is no KSAMPLER."""
 

@@ -5,6 +5,7 @@ import json
 
 import comfy.model_sampling
 import comfy.samplers
+import nodes as core_nodes
 import pytest
 import torch
 from artifact_guard.nodes.asced.guard import guard_model
@@ -370,6 +371,18 @@ def test_time_gap_node():
     assert gap == pytest.approx(report.runs[0].time_gap()) and summary["time_gap"] == pytest.approx(gap, abs=1e-3)
     assert curve.shape[0] == 1 and len(summary["steps"]) == 8 and len(summary["samples"]) == 2
     assert summary["steps"][0]["time"] > 990 > summary["steps"][-1]["time"]
+
+
+def test_a_schedule_that_is_no_number():
+    """core's kl_optimal of one step is NaN, and so is the picture: the node says so, with null in its JSON."""
+    guided, report = guide(load_demo_model()[0])
+    prompt = [[class_token(1), {}]]
+    with torch.inference_mode():
+        (latent,) = core_nodes.KSampler().sample(
+            guided, 1, 1, 1.0, "euler", "kl_optimal", prompt, prompt, {"samples": torch.zeros(1, 3, 32, 32)}, 1.0
+        )
+        summary = json.loads(TAGTimeGap.execute(report, latent).result[-1])
+    assert summary["time_gap"] is None and "NaN" in summary["notes"][0]
 
 
 def test_a_latent_without_pictures_is_sampled_unguided():
