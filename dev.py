@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 tests = sys.modules["tests"] = types.ModuleType("tests")
 tests.__path__ = [str(ROOT / "tests")]
 
-from tests.harness.cache import EnvironmentFailed, cache_folder
+from tests.harness.cache import EnvironmentFailed, alone, cache_folder
 from tests.harness.environment import Environment, existing, prepare
 from tests.harness.pins import DEFAULT_VERSION, SOURCES, TEST_PACKAGES
 from tests.harness.server import ComfyServer, ServerFailed
@@ -68,7 +68,7 @@ def test(environment: Environment, options: argparse.Namespace) -> int:
 
 
 def bench(environment: Environment, options: argparse.Namespace) -> int:
-    return run(environment, [ROOT / "tests" / "bench" / "run.py", *options.names, *options.rest])
+    return run(environment, [ROOT / "tests" / "bench" / "run.py", *options.rest])
 
 
 def train_demo(environment: Environment, options: argparse.Namespace) -> int:
@@ -90,12 +90,21 @@ def train_trap_net(environment: Environment, options: argparse.Namespace) -> int
 def serve(environment: Environment, options: argparse.Namespace) -> int:
     base = cache_folder() / "serve"
     print(f"Starting ComfyUI; its models, input and output stay in {base}", flush=True)
-    with ComfyServer(environment, base_directory=base, port=options.port) as server:
+    busy = f"another `dev.py serve` uses {base}: end it first, or give this one a folder of its own with ARTIFACT_GUARD_CACHE"
+    with alone(base.with_suffix(".lock"), busy), ComfyServer(environment, base_directory=base, port=options.port) as server:
         print(f"ComfyUI with Artifact Guard: {server.address}    (Ctrl-C ends it)", flush=True)
         try:
             return server.join()
         except KeyboardInterrupt:
             return 0
+
+
+def port(text: str) -> int:
+    """A port's number, for argparse, which makes an error of the ValueError."""
+    number = int(text)
+    if not 0 < number < 65536:
+        raise ValueError(text)
+    return number
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -123,14 +132,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     shown.add_argument("--update-docs", action="store_true", help="also renew the pictures the documentation shows")
     tested = command(test, "run the tests; arguments after -- go to pytest")
     tested.add_argument("--gpu", action="store_true", help="also run the tests that need a GPU")
-    measured = command(bench, "run benchmarks; other arguments (--data, --output) are passed on")
-    measured.add_argument("names", nargs="*", metavar="NAME", help="which ones (default: all)")
+    command(bench, "run benchmarks, those that are named or all; `bench -- --help` lists them and their options")
     served = command(serve, "start ComfyUI with this pack until Ctrl-C")
-    served.add_argument("--port", type=int, default=8188, help="(default: 8188)")
-    command(train_demo, "train the demo model again; other arguments are passed on")
-    command(train_time_predictor, "train the demo model's time predictor again; other arguments are passed on")
-    command(train_highlighter, "train the demo model's flaw highlighter again; other arguments are passed on")
-    command(train_trap_net, "fit the ASCED detector's network again; other arguments are passed on")
+    served.add_argument("--port", type=port, default=8188, help="(default: 8188)")
+    for function, what in (
+        (train_demo, "train the demo model again"), (train_time_predictor, "train the demo model's time predictor again"),
+        (train_highlighter, "train the demo model's flaw highlighter again"),
+        (train_trap_net, "fit the ASCED detector's network again"),
+    ):
+        command(function, f"{what}; after -- come its own options, `-- --help` lists them")
 
     # Cut off before parsing: argparse would read options behind -- as its own.
     own, rest = arguments, []
@@ -157,7 +167,7 @@ def main() -> int:
         else:
             environment = prepare(options.comfyui_version)
         return options.command(environment, options)
-    except (EnvironmentFailed, ServerFailed) as failure:
+    except (EnvironmentFailed, ServerFailed, OSError) as failure:
         print(f"dev.py: {failure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -166,7 +166,7 @@ class ASCEDOptions(io.ComfyNode):
                 io.Int.Input(
                     "rounds", default=defaults.rounds, min=1, max=10,
                     tooltip="How often to look and repair in one run. Each round that repairs costs one model call. From 2 on the "
-                    "steps after a repair are watched too, and what certainly became again what it was is renoised once more.",
+                    "steps after a repair are watched too, and a region that clearly came back is renoised once more.",
                 ),
                 io.Int.Input(
                     "noise_seed", default=defaults.noise_seed, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,

@@ -44,7 +44,7 @@ def check_conditions(positive: list, count: int) -> tuple[list, torch.Tensor]:
         if tokens.shape[0] != 1:
             raise ValueError(
                 f"positive: an entry with {tokens.shape[0]} prompts in one batch came. Give each prompt as an entry of its own "
-                "(Conditioning Combine puts them together)."
+                "(Conditioning (Combine) puts them together)."
             )
         if not torch.isfinite(tokens).all():
             raise ValueError("positive: the text encoder's output holds NaN or infinite values. Run the text encoder in fp32.")
@@ -57,7 +57,7 @@ def check_conditions(positive: list, count: int) -> tuple[list, torch.Tensor]:
     if len(positive) not in (1, count):
         raise ValueError(
             f"positive: {len(positive)} prompts came for {count} latents. Give one for all of them, or one each, in the "
-            "same order (Conditioning Combine puts them together)."
+            "same order (Conditioning (Combine) puts them together)."
         )
     which = torch.arange(count) if len(positive) > 1 else torch.zeros(count, dtype=torch.long)
     return [[entry] for entry in normal_tensors(positive)], which

@@ -57,7 +57,7 @@ class FAMTrainLoRA(io.ComfyNode):
                                           "that this model made. Look at its maps (Flaw Map) first."),
                 io.Latent.Input("latents", tooltip="The training images, encoded by the model's own VAE, all of one size."),
                 io.Conditioning.Input("positive", tooltip="One prompt for all images, or one each in the same order "
-                                      "(Conditioning Combine)."),
+                                      "(core's Conditioning (Combine))."),
                 io.Int.Input("steps", default=defaults.steps, min=1, max=1000000, tooltip="Training steps of the whole run, "
                              "both phases. More learns more of your images, and forgets more of the rest."),
                 io.Float.Input("base_fraction", default=defaults.base_fraction, min=0.0, max=1.0, step=0.01,

@@ -114,20 +114,6 @@ class Disturbance(NamedTuple):
         return cls(2.0 * (grown - kept.log()), kept)
 
 
-def energy_posterior(
-    u: torch.Tensor, anchor: torch.Tensor, weight: torch.Tensor | None = None, noisiest: float = LOG_SNR_RANGE[0]
-) -> Posterior:
-    """p(level | u) if u is alpha * anchor + noise: from the energy that remains when the anchor is taken away.
-
-    Args:
-        anchor: (B, ...), a clean estimate. weight: which positions count, as in mean_square.
-        noisiest: the lowest log-SNR that a sample can have.
-    """
-    share = 1.0 if weight is None else float(weight.float().mean())
-    grid = EnergyGrid(noisiest, u[0].numel() * share, u.device)
-    return grid.posterior(mean_product(u, anchor, weight), mean_square(u - anchor, weight))
-
-
 class EnergyEstimator:
     """The training-free estimate: the noise that a sample has is what remains when its clean image is taken away.
 

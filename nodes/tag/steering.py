@@ -7,7 +7,7 @@ import torch
 from .alignment import (
     closed_form, level_of, relative_correction, root_mean_square, score_correction, shift, step_omega,
 )
-from .answer import Answer, Ask
+from .answer import Ask
 from .energy import Disturbance, EnergyEstimator
 from .network_estimator import NetworkEstimator
 from .posterior import Measured, Posterior, column

@@ -85,7 +85,7 @@ def training_data(model, latents: list[dict], conditioning: list | None) -> Trai
     if len(means) not in (1, len(frames)):
         raise ValueError(
             f"conditioning: {len(means)} conditions came for {len(frames_of)} latents. Give one for all of them, or one "
-            f"each, in the same order (as a list, or put together by Conditioning Combine)."
+            f"each, in the same order (as a list, or put together by Conditioning (Combine))."
         )
     return TrainingData(frames, means.expand(len(frames), -1).clone())
 

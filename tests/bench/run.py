@@ -1,4 +1,21 @@
-"""Runs benchmarks by name, prints their figures and writes them as JSON: python dev.py bench [name ...]."""
+"""Runs benchmarks by name, prints their figures and writes them as JSON: python dev.py bench [name ...].
+
+What is to be reached, by the names that benchmarks use; what was reached stands in README.md and the help pages.
+
+Q1  detection of planted traps: pixel F1 0.90 from amplitude 0.4 on, 95 % of pictures judged rightly, 0.5 % of clean pixels flagged
+Q2  repair: 80 % of attractor traps, what is outside unchanged, diversity not below the unguarded runs'
+Q3  TAG: cosine 0.95 and length 0.7 to 1.4 to the exact time-linked score, better pictures at every noise and from 3 steps on
+Q4  FAM: highlighter AUC 0.95 and pointing 87 % on planted flaws; trained with both parts below trained without, in FD
+P1  a run with the guard and nothing found: 1.01 times on a GPU (SD 1.5's size), 1.02 on a CPU (the demo model)
+P2  model calls of a repair: 1 more
+P3  detection: 4 times faster than numpy + scipy on a CPU, 100 times on a GPU
+P4  a run with TAG: 1.03 times on a GPU
+P5  a run with the flaw attention patch: 1.02 times
+P6  extra memory at the peak: 6 latents or 3 % of the model, whichever is larger
+P7  a time predictor to 1.2 times the exact posterior's time gap: minutes on a CPU, 60 s on a GPU
+P8  one-pass Triton kernels: 80 % of a copy's bandwidth at 64 MB, never slower than torch at sizes people use
+P9  cost over latent area, batch, steps, frames: linear
+"""
 
 import argparse
 import importlib

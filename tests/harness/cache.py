@@ -48,10 +48,28 @@ def exclusive(path: Path, waiting: str):
 
     The operating system owns the lock and drops it with the process, so a killed command leaves nothing stale behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
+    with _lock_file(path) as file:
         if not _try_lock(file):
             print(waiting, flush=True)
             while not _try_lock(file):
                 time.sleep(0.5)
         yield
+
+
+@contextmanager
+def alone(path: Path, refusal: str):
+    """Holds the lock file at `path`; raises EnvironmentFailed with the refusal when another process has it."""
+    with _lock_file(path) as file:
+        if not _try_lock(file):
+            raise EnvironmentFailed(refusal)
+        yield
+
+
+def _lock_file(path: Path):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+b")
+    except OSError as error:
+        raise EnvironmentFailed(
+            f"nothing can be written to {path.parent} ({error}). Set {CACHE_VARIABLE} to a folder where it can."
+        ) from error

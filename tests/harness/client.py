@@ -1,13 +1,10 @@
 """A small client of ComfyUI's HTTP interface, with nothing but the standard library."""
 
 import json
-import mimetypes
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import uuid
-from pathlib import Path
 
 POLL_SECONDS = 0.1
 
@@ -122,12 +119,3 @@ class ComfyClient:
     def view(self, image_ref: dict) -> bytes:
         """The file behind an output's {"filename", "subfolder", "type"}."""
         return self.request("/view?" + urllib.parse.urlencode(image_ref))
-
-    def upload_image(self, path: Path | str) -> str:
-        """Puts an image into the server's input folder; the answer is what LoadImage's `image` takes."""
-        path, boundary = Path(path), uuid.uuid4().hex
-        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        head = f'Content-Disposition: form-data; name="image"; filename="{path.name}"\r\nContent-Type: {kind}'
-        body = f"--{boundary}\r\n{head}\r\n\r\n".encode() + path.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
-        answer = json.loads(self.request("/upload/image", body, f"multipart/form-data; boundary={boundary}"))
-        return "/".join(part for part in (answer.get("subfolder"), answer["name"]) if part)

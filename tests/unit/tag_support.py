@@ -9,7 +9,9 @@ import comfy.sample
 import comfy.samplers
 import torch
 from artifact_guard.nodes.tag.compatibility import kind_of
-from artifact_guard.nodes.tag.levels import Schedule
+from artifact_guard.nodes.tag.energy import EnergyGrid
+from artifact_guard.nodes.tag.levels import LOG_SNR_RANGE, Schedule
+from artifact_guard.nodes.tag.posterior import mean_product, mean_square
 from artifact_guard.nodes.tag.schema import TemporalAlignmentGuidance
 from artifact_guard.nodes.tag.training import Trainer, TrainingData, TrainingSettings, new_predictor
 
@@ -78,3 +80,10 @@ def run(patcher, sampler="euler", noise=None, shape=(2, 3, SIZE, SIZE), steps=8,
             patcher, comfy.sample.prepare_noise(latent, seed), cfg, sampler, sigmas,
             more.pop("positive", conditioning()), more.pop("negative", conditioning()), more.pop("latent", latent),
             disable_pbar=True, seed=seed, **more)
+
+
+def energy_posterior(u, anchor, weight=None, noisiest=LOG_SNR_RANGE[0]):
+    """p(level | u) if u is alpha * anchor + noise, all (B, ...): from the energy that remains when the anchor is taken away."""
+    share = 1.0 if weight is None else float(weight.float().mean())
+    grid = EnergyGrid(noisiest, u[0].numel() * share, u.device)
+    return grid.posterior(mean_product(u, anchor, weight), mean_square(u - anchor, weight))

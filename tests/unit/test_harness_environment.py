@@ -11,7 +11,7 @@ import pytest
 
 from tests.harness import build as building
 from tests.harness import environment, pins, server
-from tests.harness.cache import EnvironmentFailed, cache_folder, exclusive
+from tests.harness.cache import EnvironmentFailed, alone, cache_folder, exclusive
 from tests.harness.pack import ROOT
 
 VERSION = "0.30.0"
@@ -161,6 +161,35 @@ def test_a_folder_that_is_no_comfyui_ends_with_2(tmp_path):
     result = dev("serve", "--comfyui", str(tmp_path))
     assert result.returncode == 2
     assert "has no main.py" in result.stderr
+
+
+def test_a_cache_folder_that_cannot_be_written_ends_with_2(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run_python(str(ROOT / "dev.py"), "demo", ARTIFACT_GUARD_CACHE=str(tmp_path / "file" / "x"))
+    assert result.returncode == 2 and "Set ARTIFACT_GUARD_CACHE to a folder where it can" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_port_that_is_none_ends_with_2():
+    result = dev("serve", "--port", "99999")
+    assert result.returncode == 2 and "invalid port value: '99999'" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--output", "folder", "startup"], ["startup", "growth", "--models", "sd15"], ["--cifar10", "a.zip", "detection"], [],
+])
+def test_what_benchmarks_are_given_keeps_its_order(arguments):
+    script = "import sys, runpy; print(runpy.run_path(sys.argv[1])['parse'](['bench', *sys.argv[2:]]).rest)"
+    result = run_python("-c", script, str(ROOT / "dev.py"), *arguments)
+    assert result.stdout.strip() == str(arguments)
+
+
+def test_a_second_server_of_the_same_folder_is_refused(tmp_path):
+    with alone(tmp_path / "serve.lock", "busy"):
+        with pytest.raises(EnvironmentFailed, match="another is there"), alone(tmp_path / "serve.lock", "another is there"):
+            pass
+    with alone(tmp_path / "serve.lock", "busy"):
+        pass
 
 
 # dev.py with nothing left out but the making of the virtual environment, which takes seconds and no network.

@@ -4,12 +4,11 @@ import pytest
 import torch
 from artifact_guard.nodes.demo import model as demo_model
 from artifact_guard.nodes.tag import training
-from artifact_guard.nodes.tag.energy import energy_posterior
 from artifact_guard.nodes.tag.guidance import GuidedRun
 
 from tests.bench import train_demo, training_runs
 from tests.bench.cifar_classifier import trained_cifar_classifier
-from tests.unit.tag_support import fresh_predictor, guide, images, model, run
+from tests.unit.tag_support import energy_posterior, fresh_predictor, guide, images, model, run
 
 pytestmark = pytest.mark.gpu
 

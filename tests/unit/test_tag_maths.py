@@ -8,7 +8,7 @@ from artifact_guard.nodes.tag.alignment import (
     closed_form, level_of, limited, published_gradient, relative_correction, score_correction, shift,
 )
 from artifact_guard.nodes.tag.answer import Answer
-from artifact_guard.nodes.tag.energy import EnergyEstimator, energy_posterior
+from artifact_guard.nodes.tag.energy import EnergyEstimator
 from artifact_guard.nodes.tag.levels import LOG_SNR_RANGE, Schedule, alpha_and_variance, coefficients, log_snr
 from artifact_guard.nodes.tag.network_estimator import NetworkEstimator
 from artifact_guard.nodes.tag.posterior import Posterior, mean_square
@@ -16,7 +16,7 @@ from artifact_guard.nodes.tag.process import Process
 
 from tests.exact.denoiser import ExactDenoiser
 from tests.exact.time_posterior import log_time_posterior, time_linked_score
-from tests.unit.tag_support import CPU, KINDS, images, model
+from tests.unit.tag_support import CPU, KINDS, energy_posterior, images, model
 
 GRID = torch.linspace(-5.0, 7.0, 128)
 SIGMAS = torch.exp(-0.5 * GRID.double())
