@@ -43,7 +43,7 @@ class RunRecord:
         self.undone: torch.Tensor | None = None
         self.fallen_back: torch.Tensor | None = None
         self.unguarded: torch.Tensor | None = None
-        self.kept_apart: str | None = None
+        self.why_not_kept: str | None = None
         self.model_calls = 0
         self.restarts = 0
         self.redraws = 0
@@ -102,7 +102,7 @@ class RunRecord:
 
     def refuse_unguarded(self, reason: str) -> None:
         """What the run would have given without its repairs is not kept, and this is why."""
-        self.kept_apart = reason
+        self.why_not_kept = reason
         self.note(f"keep_unguarded has no effect: {reason}.")
 
     def close(self, output: torch.Tensor) -> None:
@@ -139,7 +139,7 @@ class RunRecord:
             return latent
         if self.unguarded is None and self.settings.options.keep_unguarded:
             raise ValueError(
-                "The unguarded result was not kept: " + (self.kept_apart or "the run ended before it was there") + "."
+                "The unguarded result was not kept: " + (self.why_not_kept or "the run ended before it was there") + "."
             )
         if self.unguarded is None:
             raise ValueError(

@@ -314,6 +314,17 @@ def test_a_soft_mask_is_no_disturbance(edge):
     assert torch.allclose(run(guide(bare)[0], **settings), run(bare, **settings), atol=1e-3)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_a_mask_that_paints_nothing_wholly(value):
+    """Nothing can be measured: the run is the bare one's, and the report says why instead of a gap."""
+    bare, mask = model("eps"), torch.full((2, 1, SIZE, SIZE), value)
+    guided, report = guide(bare)
+    settings = {"latent": images()[:2].flip(-1), "noise_mask": mask}
+    assert torch.equal(run(guided, **settings), run(bare, **settings))
+    summary = report.runs[0].summary()
+    assert "the noise mask paints nothing wholly" in summary["reason"] and not summary["steps"]
+
+
 def test_stacks_with_guard_and_with_other_patches_and_cfg():
     bare = model("eps", labels=torch.arange(12) % 2)
     guarded, _ = guard_model(bare, GuardSettings(mode="detect only"))
