@@ -211,9 +211,10 @@ def reason_not_to_guard(sampler, model_sampling, sigmas: list[float], layout: Fr
     return None
 
 
-def is_a_guard(wrapper) -> bool:
-    """Whether a wrapper around a sampler is one of a guarded model."""
-    return getattr(getattr(wrapper, "func", None), "__func__", None) is GuardPatch.sampler_sample
+def may_restart(wrapper) -> bool:
+    """Whether a wrapper around a sampler is that of a guard that repairs."""
+    method = getattr(wrapper, "func", None)
+    return getattr(method, "__func__", None) is GuardPatch.sampler_sample and method.__self__.settings.mode == "correct"
 
 
 def guard_model(
@@ -298,7 +299,7 @@ class GuardPatch:
             valid = layout.frames(denoise_mask.expand(noise.shape))[:, 0] > 0
         watch = Watch(self.settings, record, region, valid, extra_args.get("seed") or 0)
         keep_unguarded = self.settings.options.keep_unguarded
-        if keep_unguarded and sum(map(is_a_guard, executor.wrappers)) > 1:
+        if keep_unguarded and self.settings.mode == "correct" and sum(map(may_restart, executor.wrappers)) > 1:
             keep_unguarded = False
             record.refuse_unguarded("another guard on the same model may restart the run before it is there")
         run = GuardedRun(record, watch, model_sampling, schedule, steps, keep_unguarded)

@@ -24,15 +24,15 @@ earlier detector 92 without, 99 with 4, but 95 down to 0.6 and 86 down to 0.4: l
 class Repair:
     """A repair that the run was restarted with.
 
-    x, denoised: the sampler's tensors (B, ...) before it. The rest is (F, H, W) bool: regions, what was found; mask, what was
+    x, denoised: the sampler's tensors (B, ...) before it, None once another has followed. The rest is (F, H, W) bool: regions, what was found; mask, what was
     renoised; sure, where the detector has no doubt, None if it cannot tell. artifact: the frames of D before it. falling: what
     of it fell back by the model's last answer, and that answer in frames; None where nothing is to be drawn again.
     settled: no more answers need be looked at.
     """
 
     layout: FrameLayout
-    x: torch.Tensor
-    denoised: torch.Tensor
+    x: torch.Tensor | None
+    denoised: torch.Tensor | None
     regions: torch.Tensor
     mask: torch.Tensor
     sure: torch.Tensor | None

@@ -2,6 +2,7 @@
 
 import functools
 from collections import deque
+from dataclasses import replace
 
 import torch
 
@@ -127,7 +128,7 @@ class Watch:
             return None
         repaired = self.layout.with_frames(estimate.x, repaired)
         if self.repair is not None:
-            self.earlier.append(self.repair)
+            self.earlier.append(replace(self.repair, x=None, denoised=None))
         self.repair = Repair(
             self.layout, estimate.x, estimate.denoised, regions & mask, mask, self.sure, now.denoised
         )

@@ -7,6 +7,10 @@ import torch
 from ..latents import FrameLayout, soft_mask_to_frames
 
 
+TEMPORAL_RATIOS = (4, 6, 8)
+"""Image frames a latent frame of the video models there are: Wan, HunyuanVideo and CogVideoX; Mochi; LTX-Video and Cosmos."""
+
+
 def add_map(noise: torch.Tensor, flaw_map: torch.Tensor, strength: float) -> torch.Tensor:
     """Noise of a latent plus strength times the map, the same on every channel.
 
@@ -28,9 +32,9 @@ def add_map(noise: torch.Tensor, flaw_map: torch.Tensor, strength: float) -> tor
 
 def temporal_ratio(count: int, layout: FrameLayout) -> int | None:
     """Image frames that one latent frame after the first must stand for, if so many masks are one an image frame: a NOISE does not
-    know the model."""
+    know the model. None if no model has it so."""
     later, of_each = layout.frames_per_sample - 1, count // layout.batch - 1
-    return of_each // later if later and count % layout.batch == 0 and of_each >= later and of_each % later == 0 else None
+    return next((ratio for ratio in TEMPORAL_RATIOS if count % layout.batch == 0 and of_each == ratio * later > 0), None)
 
 
 class FlawNoise:

@@ -94,8 +94,9 @@ class Training:
             to learn. Sets that are no pairs lose nothing by it.
         device: where the network is trained.
         start: the network to begin with; its own weights stay as they are. Without one a new network is made.
-        earlier: of a highlighter that is gone on with, its settings. Its seed chooses the held-out images again, so that none
-            that it was trained on is among them, and it stays the best until an epoch is better.
+        earlier: of a highlighter that is gone on with, its settings. Its seed chooses the held-out images. Of as many images as
+            before they are the same ones, and it stays the best until an epoch is better; of others some that are held out may
+            have been trained on, so that its own score would say too much, and the first epoch takes its place.
 
     Raises:
         ValueError: see `check_classes` and `fit_images`.
@@ -128,6 +129,11 @@ class Training:
     def accuracy(self) -> float:
         """Held-out accuracy of the best epoch, or of the highlighter that was gone on with; each class counts half."""
         return max(self.best_score[0], 0.0)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many real and generated images are trained on."""
+        return len(self.train_images[REAL]), len(self.train_images[GENERATED])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -185,7 +191,7 @@ class Training:
             schedule = torch.optim.lr_scheduler.OneCycleLR(
                 optimizer, max_lr=rate, total_steps=total + 1, pct_start=rise, cycle_momentum=False
             )
-            if self.earlier is not None:
+            if self.earlier is not None and self.counts == (self.earlier.real_images, self.earlier.generated_images):
                 self.best_score = self.evaluate()
             for epoch in range(settings.epochs):
                 self.network.train()
@@ -215,6 +221,5 @@ class Training:
         """Settings for a highlighter made of `best`."""
         epochs = self.best_epoch + (0 if self.earlier is None else self.earlier.epochs)
         return HighlighterSettings(
-            self.settings.backbone, self.settings.image_size, epochs, self.accuracy, self.split_seed,
-            len(self.train_images[REAL]), len(self.train_images[GENERATED]), warnings,
+            self.settings.backbone, self.settings.image_size, epochs, self.accuracy, self.split_seed, *self.counts, warnings,
         )

@@ -31,6 +31,9 @@ PAINTED = 0.999
 """Of an inpainting mask, from where on a place is wholly painted."""
 
 
+UNPAINTED = "the noise mask paints nothing wholly, and of what is painted in part, or from some step on, the noise cannot be told"
+
+
 def guide_model(model, settings: TagSettings, predictor: TimePredictor | None = None):
     """A clone of the model that is guided whenever it is sampled, and the report of its time gaps.
 
@@ -63,7 +66,11 @@ class GuidancePatch:
         check_latent(latent_image, guider.model_patcher.model.latent_format, nested=len(shapes) > 1)
         record = RunRecord(self.settings, layout)
         arguments = (noise, latent_image, sampler, sigmas, denoise_mask, *args)
-        reason = unguided_reason(layout, guider.model_patcher.get_model_object("model_sampling"), denoise_mask)
+        reason = unguided_reason(layout, guider.model_patcher.get_model_object("model_sampling"))
+        if reason is None and denoise_mask is not None:
+            whole = layout.frames(denoise_mask.expand(noise.shape) >= PAINTED)
+            record.painted = whole.unflatten(0, (layout.batch, -1)).flatten(1).any(dim=1).cpu()
+            reason = None if record.painted.any() else UNPAINTED
         if reason:
             record.refuse(reason)
             output = executor(*arguments, **kwargs)
@@ -80,15 +87,13 @@ class GuidancePatch:
         return output
 
 
-def unguided_reason(layout: FrameLayout | None, model_sampling, denoise_mask: torch.Tensor | None) -> str | None:
+def unguided_reason(layout: FrameLayout | None, model_sampling) -> str | None:
     """Why a run cannot be measured, or None."""
     if layout is None:
         return "the latent has no image part (no two spatial axes)"
     levels = Schedule.of(model_sampling).log_snr
     if float(levels.max() - levels.min()) < 1.0:
         return "this model starts from an image and not from noise, so that its steps have no noise level"
-    if denoise_mask is not None and not bool((denoise_mask >= PAINTED).any()):
-        return "the noise mask paints nothing wholly: where it is soft the sampler goes on with a mixture, of which no noise can be told"
     return None
 
 

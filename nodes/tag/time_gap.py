@@ -17,6 +17,7 @@ class RunRecord:
     """What was measured in one run. Times are thousandths of the model's schedule, 0 clean and 1000 pure noise.
 
     steps: per model call (step's level (B,), likeliest level (B,)), on the sampler's device until the run is closed.
+    painted: (B,) bool, the samples of which an inpainting mask paints something wholly; of the others nothing can be told.
     """
 
     def __init__(self, settings: TagSettings, layout: FrameLayout | None):
@@ -26,6 +27,7 @@ class RunRecord:
         self.reason: str | None = None
         self.notes: list[str] = []
         self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.painted: torch.Tensor | None = None
         self.times = self.estimates = torch.zeros(0, 0)
         self.fingerprint: torch.Tensor | None = None
 
@@ -50,12 +52,17 @@ class RunRecord:
             self.steps = []
 
     def gaps(self) -> torch.Tensor:
-        """|time of the sample - time of the step|, (S, B)."""
-        return (self.estimates - self.times).abs()
+        """|time of the sample - time of the step|, (S, B); NaN of a sample that was not painted."""
+        gaps = (self.estimates - self.times).abs()
+        return gaps if self.painted is None else gaps.masked_fill(~self.painted, math.nan)
+
+    def seen(self) -> torch.Tensor:
+        """The times (S, B) at which the samples seem to lie; NaN of a sample that was not painted."""
+        return self.estimates if self.painted is None else self.estimates.masked_fill(~self.painted, math.nan)
 
     def time_gap(self) -> float:
         """The paper's figure: the mean gap over steps and samples; 0 for a run that was not measured."""
-        return self.gaps().mean().item() if self.times.numel() else 0.0
+        return self.gaps().nanmean().item() if self.times.numel() else 0.0
 
     def summary(self) -> dict:
         """Everything that was measured, as plain data."""
@@ -69,7 +76,7 @@ class RunRecord:
             "steps": [
                 {"time": rounded(time, 2), "estimated": rounded(estimate, 2), "gap": rounded(gap, 2)}
                 for time, estimate, gap in zip(
-                    self.times.mean(dim=1).tolist(), self.estimates.mean(dim=1).tolist(), self.gaps().mean(dim=1).tolist()
+                    self.times.mean(dim=1).tolist(), self.seen().nanmean(dim=1).tolist(), self.gaps().nanmean(dim=1).tolist()
                 )
             ] if self.times.numel() else [],
             "samples": [{"sample": i, "time_gap": rounded(gap, 3)} for i, gap in enumerate(self.gaps().mean(dim=0).tolist())]
@@ -96,6 +103,6 @@ def draw_time_gap(record: RunRecord) -> torch.Tensor:
     labels = [f"{time:.0f}" for time in times]
     axis = "time of the step (1000 pure noise, 0 clean; the run goes from left to right)"
     return draw_chart([
-        Panel("Time", {"of the step": times, "of the sample": record.estimates.mean(dim=1).tolist()}, labels, axis),
-        Panel(f"Time gap, mean {record.time_gap():.1f}", {"|sample - step|": record.gaps().mean(dim=1).tolist()}, labels, axis),
+        Panel("Time", {"of the step": times, "of the sample": record.seen().nanmean(dim=1).tolist()}, labels, axis),
+        Panel(f"Time gap, mean {record.time_gap():.1f}", {"|sample - step|": record.gaps().nanmean(dim=1).tolist()}, labels, axis),
     ])

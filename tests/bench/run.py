@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--cifar10", type=Path, help="zip of CIFAR-10 as JPEG files SPLIT/CLASS/NAME.jpg, for what can use it")
     parser.add_argument("--models", nargs="+", help="of the full models that `speed` measures on a GPU, only these: sd15 sdxl sd3 flux")
     parser.add_argument("--minutes", type=float, help="time for tag_cifar10's training; after which fam_training begins no further run")
-    arguments, rest = parser.parse_known_args()
+    arguments, rest = parser.parse_known_intermixed_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")

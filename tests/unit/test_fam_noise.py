@@ -71,7 +71,7 @@ def test_a_strength_that_is_no_number():
 
 @pytest.mark.parametrize("flaw_map, words", [
     (torch.full((1, 8, 8), torch.nan), "flaw_map: the mask holds NaN"), (torch.ones(1, 8, 16), "does not have the shape"),
-    (torch.ones(5, 8, 8), "5 masks came for 2 samples"),
+    (torch.ones(5, 8, 8), "5 masks came for 2 samples"), (torch.ones(10, 8, 8), "10 masks came for 2 samples"),
 ])
 def test_maps_that_do_not_fit_the_noise(flaw_map, words):
     with pytest.raises(ValueError, match=words):

@@ -1,5 +1,7 @@
 """Training a highlighter: balanced, repeatable, cancellable, resumable, and honest about what it has learned."""
 
+from dataclasses import replace
+
 import comfy.model_management
 import folder_paths
 import pytest
@@ -44,7 +46,7 @@ def test_any_seed_of_the_page_trains(seed):
 
 @pytest.mark.parametrize("epochs", [1, 2, 8, 9, 10, 19])
 def test_any_number_of_steps_trains(epochs):
-    """One step an epoch: the rate rises within two steps at the shortest and ends near nothing."""
+    """One step an epoch; torch has no schedule that rises within less than two steps."""
     training, told = Training(images(8, 16), images(8, 16, seed=3), settings(epochs, 64, size=16), CPU), []
     training.run(lambda done, total: told.append((done, total)))
     assert told == [(step, epochs) for step in range(1, epochs + 1)] and len(training.losses) == epochs
@@ -157,7 +159,8 @@ def test_going_on_leaves_the_given_one_as_it_is(learned):
 def test_going_on_never_gives_a_worse_one(later, best, monkeypatch):
     """The one that was given scores 0.9: it comes out as it was, unless an epoch is better."""
     given = highlighter()
-    training = Training(images(10), images(10, seed=4), settings(1, seed=5), CPU, given.network, given.settings)
+    earlier = replace(given.settings, real_images=8, generated_images=8)
+    training = Training(images(10), images(10, seed=4), settings(1, seed=5), CPU, given.network, earlier)
     scores = iter([(0.9, -1.0), later])
     monkeypatch.setattr(training, "evaluate", lambda: next(scores))
     training.run()
@@ -165,8 +168,18 @@ def test_going_on_never_gives_a_worse_one(later, best, monkeypatch):
     assert training.best_epoch == best and same == (best == 0) and training.accuracy == 0.9
 
 
-def test_going_on_holds_the_same_images_out(learned):
-    """Whatever the seed of the second run: of what the first was trained on nothing is held out."""
+def test_going_on_with_more_images_takes_the_first_epoch(monkeypatch):
+    """Some of what is held out then was trained on: the score of the one that was given would say too much."""
+    given = highlighter()
+    earlier = replace(given.settings, real_images=8, generated_images=8)
+    training = Training(images(14), images(14, seed=4), settings(1), CPU, given.network, earlier)
+    monkeypatch.setattr(training, "evaluate", lambda: (0.5, -1.0))
+    training.run()
+    assert training.best_epoch == 1 and training.accuracy == 0.5
+
+
+def test_going_on_holds_the_same_images_out():
+    """Whatever the seed of the second run: of as many images the same ones are held out."""
     real = torch.rand(40, 16, 16, 3)
     given = highlighter(size=16, seed=3)
     runs = [

@@ -303,12 +303,25 @@ def test_the_unguarded_result_where_guards_stack(order, keep):
         return {"samples": Run(guarded).start().output}, reports
 
     plain, kept = run((False, False)), run(keep)
-    assert same(plain[0]["samples"], kept[0]["samples"]) and plain[1][0].runs[0].restarts == 1
+    assert same(plain[0]["samples"], kept[0]["samples"])
+    assert all(reports[number].runs[0].restarts == 1 for _, reports in (plain, kept) for number in (0, 1))
     for number in (0, 1):
-        if keep[number] and kept[1][number].runs[0].restarts:
+        if keep[number]:
             with pytest.raises(ValueError, match="not kept: another guard on the same model"):
                 ASCEDUnguarded.execute(kept[1][number], kept[0])
             assert "keep_unguarded has no effect" in kept[1][number].runs[0].summary()["notes"][0]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_guard_that_only_looks_does_not_stand_in_the_way(first):
+    """It restarts nothing: the other guard keeps the unguarded result."""
+    model = trapped_model()
+    looking, keeping = {"mode": "detect only"}, {"options": {"keep_unguarded": True}}
+    guarded, inner = guard(model, **(looking if first else keeping))
+    guarded, outer = guard(guarded, **(keeping if first else looking))
+    latent = {"samples": ksampler(guarded)}
+    unguarded = ASCEDUnguarded.execute(outer if first else inner, latent).result[0]["samples"]
+    assert same(unguarded, ksampler(model)) and not same(unguarded, latent["samples"])
 
 
 def test_onset_in_pure_noise_is_step_0():

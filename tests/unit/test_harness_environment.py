@@ -12,6 +12,7 @@ import pytest
 from tests.harness import build as building
 from tests.harness import environment, pins, server
 from tests.harness.cache import EnvironmentFailed, alone, cache_folder, exclusive
+from tests.harness.environment import Environment
 from tests.harness.pack import ROOT
 
 VERSION = "0.30.0"
@@ -184,7 +185,16 @@ def test_what_benchmarks_are_given_keeps_its_order(arguments):
     assert result.stdout.strip() == str(arguments)
 
 
-def test_a_second_server_of_the_same_folder_is_refused(tmp_path):
+def test_a_second_serve_of_the_same_folder_ends_with_2(tmp_path):
+    """Before it starts anything: the first one keeps its database, log and link to the pack."""
+    comfyui = Environment.current().comfyui
+    with alone(tmp_path / "serve.lock", "busy"):
+        result = run_python(str(ROOT / "dev.py"), "serve", "--comfyui", str(comfyui), "--port", "18931", ARTIFACT_GUARD_CACHE=str(tmp_path))
+    assert result.returncode == 2 and "another `dev.py serve` uses" in result.stderr
+    assert not (tmp_path / "serve").exists()
+
+
+def test_a_lock_is_held_by_one(tmp_path):
     with alone(tmp_path / "serve.lock", "busy"):
         with pytest.raises(EnvironmentFailed, match="another is there"), alone(tmp_path / "serve.lock", "another is there"):
             pass

@@ -325,6 +325,19 @@ def test_a_mask_that_paints_nothing_wholly(value):
     assert "the noise mask paints nothing wholly" in summary["reason"] and not summary["steps"]
 
 
+def test_a_sample_that_is_not_painted_has_no_gap():
+    """Its batch-mate's is told as ever."""
+    mask = torch.zeros(2, 1, SIZE, SIZE)
+    mask[1] = 1.0
+    guided, report = guide(model("eps"))
+    output = run(guided, latent=images()[:2].flip(-1), noise_mask=mask)
+    with torch.inference_mode():
+        gap, curve, summary = TAGTimeGap.execute(report, {"samples": output}).result
+    still, painted = json.loads(summary)["samples"]
+    assert still["time_gap"] is None and painted["time_gap"] < 100
+    assert gap == pytest.approx(painted["time_gap"], abs=1e-3) == json.loads(summary)["time_gap"]
+
+
 def test_stacks_with_guard_and_with_other_patches_and_cfg():
     bare = model("eps", labels=torch.arange(12) % 2)
     guarded, _ = guard_model(bare, GuardSettings(mode="detect only"))
