@@ -20,7 +20,10 @@ class ArtifactGuardDemoModel(io.ComfyNode):
             search_aliases=["artifact guard demo", "fashion mnist", "test model", "tiny model"],
             inputs=[],
             outputs=[
-                io.Model.Output("model", display_name="model", tooltip="The demo model. Its latents are 3x32x32: use EmptyChromaRadianceLatentImage at 32x32."),
+                io.Model.Output(
+                    "model", display_name="model",
+                    tooltip="The demo model. Its latents are 3x32x32: use EmptyChromaRadianceLatentImage at 32x32.",
+                ),
                 io.Vae.Output("vae", display_name="vae", tooltip="Turns its latents into images; it only scales."),
             ],
         )

@@ -42,8 +42,8 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Of the weights, of the order and of which images are held out. A highlighter that is gone on with has those "
-                    "held out that were before, if there are as many.",
+                    tooltip="Of the weights, of the order and of which images are held out. A highlighter that is gone on with "
+                    "has those held out that were before, if there are as many.",
                 ),
                 io.Combo.Input(
                     "backbone", options=list(BACKBONES), default="vgg16",
@@ -51,7 +51,9 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
                     "one. small: trains in minutes.",
                 ),
                 FlawHighlighterType.Input(
-                    "flaw_highlighter", optional=True, tooltip="Go on training this one, with its backbone and image size. Of as many images as before it is kept where no epoch is better."
+                    "flaw_highlighter", optional=True,
+                    tooltip="Go on training this one, with its backbone and image size. Of as many images as before it is kept where "
+                    "no epoch is better.",
                 ),
             ],
             outputs=[

@@ -152,8 +152,8 @@ class FAMRefine(io.ComfyNode):
                 *sampler_inputs("The seed of the noise; each round uses the next one.", "Number of steps a round."),
                 io.Float.Input(
                     "denoise", default=0.35, min=0.01, max=1.0, step=0.01,
-                    tooltip="How much of what a region is redrawn from is forgotten: higher redraws more freely. Its own content goes anyway, "
-                    "unless start_from is image.",
+                    tooltip="How much of what a region is redrawn from is forgotten: higher redraws more freely. Its own content "
+                    "goes anyway, unless start_from is image.",
                 ),
                 io.Int.Input(
                     "rounds", default=1, min=1, max=20,

@@ -96,9 +96,9 @@ def costs(figures: dict) -> list[str]:
 
 
 def toys(figures: dict) -> list[str]:
-    """The trained toy after a drift, with noise or few steps (of the predictors the one of 3 layers), and the one with the exact score."""
-    groups: dict[str, list] = {"toy: W1 after drift": [], "toy: W1 with noise at each of 25 steps, or few steps": [], "toy with the exact score": []}
-    drift, others, exact = groups.values()
+    """The trained toy after a drift, with noise or few steps (of predictors that of 3 layers), and the one with the exact score."""
+    names = "toy: W1 after drift", "toy: W1 with noise at each of 25 steps, or few steps", "toy with the exact score"
+    drift, others, exact = groups = [], [], []
     for case, row in figures.items():
         ratio, interval = f"{row['ratio']:.2f}", "{:.2f} to {:.2f}".format(*row["interval_95"])
         if case.startswith("real points"):
@@ -110,7 +110,7 @@ def toys(figures: dict) -> list[str]:
             continue
         of = exact if case.startswith(("exact model", "real points")) else others if apart else drift
         of.append([case.removeprefix("exact model, "), ", ".join(f"{w:.2f}" for w in row["W1"]), ratio])
-    return [table([name, "W1, seed by seed", "ratio"], rows) for name, rows in groups.items()]
+    return [table([name, "W1, seed by seed", "ratio"], rows) for name, rows in zip(names, groups)]
 
 
 def estimates(figures: dict) -> str:
