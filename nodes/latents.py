@@ -127,12 +127,17 @@ def frames_to_mask(frames: torch.Tensor, layout: FrameLayout, latent_format) -> 
     latent frame stands for one image frame, each later one for as many as the temporal ratio says.
     """
     spatial = int(getattr(latent_format, "spacial_downscale_ratio", 1) or 1)
-    temporal = int(getattr(latent_format, "temporal_downscale_ratio", 1) or 1)
+    temporal = temporal_ratio(latent_format)
     mask = frames.float().cpu()
     if layout.frames_per_sample > 1 and temporal > 1:
         mask = mask.unflatten(0, (layout.batch, layout.frames_per_sample))
         mask = torch.cat([mask[:, :1], mask[:, 1:].repeat_interleave(temporal, dim=1)], dim=1).flatten(0, 1)
     return mask.repeat_interleave(spatial, dim=-2).repeat_interleave(spatial, dim=-1)
+
+
+def temporal_ratio(latent_format) -> int:
+    """Image frames of a video that one latent frame after the first stands for."""
+    return int(getattr(latent_format, "temporal_downscale_ratio", 1) or 1)
 
 
 def pixels(fraction: float, side: int, minimum: int = 0) -> int:

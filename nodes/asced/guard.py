@@ -17,7 +17,7 @@ import comfy.samplers
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, add_wrapper_with_key
 
 from ..coordinates import coefficients, coefficients_of_all, ratio_of
-from ..latents import FrameLayout, check_latent, mask_to_frames
+from ..latents import FrameLayout, check_latent, mask_to_frames, temporal_ratio
 from .estimate import Estimate
 from .options import GuardSettings
 from .probe import Answer, ModelProbe, keeps_to_schedule
@@ -252,8 +252,8 @@ class GuardPatch:
         check_latent(latent_image, model.latent_format, nested=len(shapes) > 1)
         region = None
         if layout is not None and self.region is not None:
-            ratio = int(getattr(model.latent_format, "temporal_downscale_ratio", 1) or 1)
-            region = mask_to_frames(self.region, layout, "region", ratio).to(guider.model_patcher.load_device)
+            region = mask_to_frames(self.region, layout, "region", temporal_ratio(model.latent_format))
+            region = region.to(guider.model_patcher.load_device)
 
         record = RunRecord(self.settings, layout, model.latent_format)
         wrapper = functools.partial(self.sampler_sample, record=record, region=region)

@@ -19,7 +19,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...kernels.kv_scale import scale_pair, scale_tokens
 from ..compiled import as_written
-from ..latents import FrameLayout, soft_mask_to_frames
+from ..latents import FrameLayout, soft_mask_to_frames, temporal_ratio
 from .blocks import parse_blocks, running_block
 from .calls import Call, Sampled, model_call, pad_of, sampled_latent
 from .families import CASCADE, OVERRIDE, UNET, Family, family_of
@@ -98,7 +98,7 @@ class FlawAttention:
         self.flaw_map = flaw_map.detach().float().cpu().clamp(0, 1)
         self.family, self.strength, self.sigmas, self.blocks = family, settings.strength, sigmas, blocks
         self.scale_key, self.scale_value = TARGETS[settings.target]
-        self.temporal_ratio = int(getattr(latent_format, "temporal_downscale_ratio", 1) or 1)
+        self.temporal_ratio = temporal_ratio(latent_format)
         self.key = f"{WRAPPER_KEY}.{uuid.uuid4().hex}"
         """Of this patch alone in a call's transformer_options: several patches can be on one model."""
         self.amounts: dict[tuple, torch.Tensor] = {}

@@ -26,11 +26,11 @@ def add_map(noise: torch.Tensor, flaw_map: torch.Tensor, strength: float) -> tor
     layout = FrameLayout.of([noise.shape])
     if layout is None:
         raise ValueError(f"flaw_map: the latent has no image part (its shape is {tuple(noise.shape)}), so no map fits it.")
-    maps = soft_mask_to_frames(flaw_map.clamp(0, 1), layout, "flaw_map", temporal_ratio(len(flaw_map), layout)).to(noise)
+    maps = soft_mask_to_frames(flaw_map.clamp(0, 1), layout, "flaw_map", likely_ratio(len(flaw_map), layout)).to(noise)
     return layout.with_frames(noise, layout.frames(noise) + strength * maps[:, None])
 
 
-def temporal_ratio(count: int, layout: FrameLayout) -> int | None:
+def likely_ratio(count: int, layout: FrameLayout) -> int | None:
     """Image frames that one latent frame after the first must stand for, if so many masks are one an image frame: a NOISE does not
     know the model. None if no model has it so."""
     later, of_each = layout.frames_per_sample - 1, count // layout.batch - 1

@@ -9,7 +9,7 @@ import comfy.sample
 import comfy.utils
 import latent_preview
 
-from ..latents import FrameLayout, check_latent, soft_mask_to_frames
+from ..latents import FrameLayout, check_latent, soft_mask_to_frames, temporal_ratio
 from .attention import AttentionSettings, patch_attention
 from .families import family_of
 from .flaw_regions import fill_regions, soften
@@ -74,7 +74,7 @@ class Refiner:
         self.layout = FrameLayout.of([self.samples.shape])
         if self.layout is None:
             raise ValueError(f"latent: it has no image part (its shape is {tuple(samples.shape)}), so there is nothing to refine.")
-        self.temporal_ratio = int(getattr(self.format, "temporal_downscale_ratio", 1) or 1)
+        self.temporal_ratio = temporal_ratio(self.format)
         self.attention, self.unpatched = AttentionSettings(settings.attention_strength), None
         try:
             if self.attention.strength:
