@@ -235,7 +235,8 @@ class FlawAttention:
             return (None, 0) if grid is None else (self.amount(call, grid, like), 0)
         amount = self.amount(call, None, like)
         tokens = amount.shape[1]
-        if family.splits and queries < keys == call.before + tokens != call.text:
+        in_parts = queries < keys == call.before + tokens and keys != call.text  # as many keys as the image, not as the text
+        if family.splits and in_parts:
             return amount, call.before
         if queries != keys or keys < call.before + tokens or (family.cross and not self.is_self_attention(call, keys, options)):
             return None, 0

@@ -92,7 +92,7 @@ def test_a_wrapper_that_hands_the_latent_on(sd15, caplog):
 def test_ltx_with_a_guide(strength):
     """Below strength 1 core asks the self-attention in two parts, the guide's queries and the others: both with scaled keys."""
     if not hasattr(nodes_lt, "_append_guide_attention_entry"):
-        pytest.skip("this release of ComfyUI has no guides of another strength")
+        not_in_this_release("has no LTX guides of another strength")
     small = small_model("ltxv")
     latent, random = small.latent(1, frames=3), torch.Generator().manual_seed(5)
     guide = torch.randn(1, 128, 1, 8, 8, generator=random)
