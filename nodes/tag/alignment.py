@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from .levels import LOG_SNR_RANGE, alpha_and_variance
+from .levels import LOG_SNR_RANGE, ONE, Step
 from .posterior import Posterior, column
 
 MODES = ("relative", "score", "shift")
@@ -20,18 +20,16 @@ LARGEST_CORRECTION = 0.5
 """No mode moves the clean estimate by more than this times the distance from it to the sample (RMS): whatever the
 direction, at least half of every denoising step remains."""
 
+MINUS_HALF = torch.tensor(-0.5)
 
-def closed_form(u: torch.Tensor, denoised: torch.Tensor, level: torch.Tensor, posterior: Posterior) -> torch.Tensor:
+
+def closed_form(u: torch.Tensor, denoised: torch.Tensor, step: Step, posterior: Posterior) -> torch.Tensor:
     """TLS(u, t_i) = sum_k gamma_k (grad log p_i - grad log p_k), Theorem 3.3, with one clean estimate for every level:
     grad log p_k(u) = (alpha_k * D - u) / v_k. Needs no gradient and no further model call.
-
-    Args:
-        level: (B,) log-SNR of the step, t_i.
     """
-    snr = level.exp()
-    of_u = posterior.means[:, 0] - (1.0 + snr)  # 1 / v = 1 + snr, alpha / v = sqrt(snr * (1 + snr))
-    of_denoised = torch.addcmul(snr, snr, snr).sqrt() - posterior.means[:, 4]
-    return torch.addcmul(column(of_u, u) * u, column(of_denoised, u), denoised)
+    (precision, signal), own = posterior.precision_and_signal(), step.v.reciprocal()
+    of_u, of_denoised = precision - own, torch.addcmul(signal, step.alpha, own, value=-1.0)
+    return torch.addcmul(column(of_u, u) * u, column(of_denoised, u), denoised, value=-1.0)
 
 
 def published_gradient(u: torch.Tensor, level: torch.Tensor, judge: Callable, levels: torch.Tensor) -> torch.Tensor:
@@ -48,8 +46,8 @@ def published_gradient(u: torch.Tensor, level: torch.Tensor, judge: Callable, le
     return gradient.nan_to_num()
 
 
-def level_of(level: torch.Tensor, surplus: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A sample u of this level that has kept so much of its signal, and whose log-SNR has fallen by the surplus.
+def level_of(step: Step, surplus: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sample u of this step's level that has kept so much of its signal, and whose log-SNR has fallen by the surplus.
 
     It is no variance-preserving sample of its level: where noise was added to it, that has less signal, and near pure noise,
     where all variances are nearly 1, far less.
@@ -57,45 +55,44 @@ def level_of(level: torch.Tensor, surplus: torch.Tensor, kept: torch.Tensor) -> 
     Returns:
         Its level, (B,), and the factor (B,) that makes it variance-preserving again.
     """
-    fallen = torch.minimum(level, (level - surplus).clamp_min(LOG_SNR_RANGE[0]))
-    return fallen, torch.rsqrt(1.0 + torch.sigmoid(-level) * torch.expm1(surplus)) / kept  # alpha^2 + v * exp(surplus)
+    fallen = torch.minimum(step.level, (step.level - surplus).clamp_min(LOG_SNR_RANGE[0]))
+    return fallen, torch.rsqrt(ONE + step.v * torch.expm1(surplus)) / kept  # alpha^2 + v * exp(surplus)
 
 
-def root_mean_square(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=1) / x[0].numel() ** 0.5
+def length(x: torch.Tensor) -> torch.Tensor:
+    """The root of the sum of squares of each sample, (B,)."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
 def limited(correction: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """The correction, shrunk where its RMS exceeds `size` (B,); zero where it is not finite."""
+    """The correction, shrunk where it is longer than `size` (B,); zero where it is not finite."""
     correction = correction.nan_to_num(0.0, 0.0, 0.0)
-    return correction * column((size / root_mean_square(correction).clamp_min(1e-30)).clamp(max=1.0), correction)
+    return correction * column((size / length(correction).clamp_min(1e-30)).clamp(max=1.0), correction)
 
 
 def relative_correction(tls: torch.Tensor, reach: torch.Tensor, strength: float, gap: torch.Tensor) -> torch.Tensor:
-    """A step along the TLS whose RMS is strength * (1 - exp(-gap / 2)) times `reach`, at most half of `reach`: with noise added
+    """A step along the TLS whose length is strength * (1 - exp(-gap / 2)) times `reach`, at most half of `reach`: with noise added
     alone, exp(-gap / 2) is sqrt(v / v of the sample).
 
     Args:
-        reach: (B,) RMS(D - x) in the model's own form. gap: (B,) the surplus, by which the log-SNR has fallen.
+        reach: (B,) length of D - x in the model's own form. gap: (B,) the surplus, by which the log-SNR has fallen.
     """
-    size = (-strength * torch.expm1(-0.5 * gap)).clamp(max=LARGEST_CORRECTION) * reach
+    size = (torch.expm1(MINUS_HALF * gap) * -strength).clamp(max=LARGEST_CORRECTION) * reach
     tls = tls.nan_to_num(0.0, 0.0, 0.0)
-    return tls * column(size / root_mean_square(tls).clamp_min(1e-30), tls)
+    return tls * column(size / length(tls).clamp_min(1e-30), tls)
 
 
-def step_omega(omega: float, level: torch.Tensor) -> torch.Tensor:
+def step_omega(omega: float, step: Step) -> torch.Tensor:
     """The published schedule, (B,): omega_t = omega * (1 - abar_t)."""
-    return omega * alpha_and_variance(level)[1]
+    return omega * step.v
 
 
-def score_correction(tls: torch.Tensor, reach: torch.Tensor, omega: float, level: torch.Tensor) -> torch.Tensor:
+def score_correction(tls: torch.Tensor, reach: torch.Tensor, omega: float, step: Step) -> torch.Tensor:
     """What Eq. 7 adds to the clean estimate: omega_t * (v / alpha) * TLS, limited to half of `reach`."""
-    alpha, v = alpha_and_variance(level)
-    factor = step_omega(omega, level) * v / alpha.clamp_min(1e-6)
+    factor = step_omega(omega, step) * step.v / step.alpha.clamp_min(1e-6)
     return limited(column(factor, tls) * tls, LARGEST_CORRECTION * reach)
 
 
-def shift(tls: torch.Tensor, omega: float, level: torch.Tensor) -> torch.Tensor:
+def shift(tls: torch.Tensor, omega: float, step: Step) -> torch.Tensor:
     """What Algorithm 1 adds to u: omega_t * TLS, limited to half of the noise."""
-    _, v = alpha_and_variance(level)
-    return limited(column(step_omega(omega, level), tls) * tls, LARGEST_CORRECTION * v.sqrt())
+    return limited(column(step_omega(omega, step), tls) * tls, LARGEST_CORRECTION * (step.v * tls[0].numel()).sqrt())

@@ -3,25 +3,26 @@
 import torch
 
 from .levels import Step
-from .posterior import column, mean_product, mean_square
+from .posterior import column, inner
 
 
 FEWEST = 128
 """Values of a sample from which on its turns are looked at: of a point in a plane any two directions explain everything."""
 
 SMALLEST = 1e-30
-"""Keeps a mean square from being divided by where it is 0."""
+"""Keeps an energy from being divided by where it is 0."""
 
 
-def in_their_span(x: torch.Tensor, one: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor | None) -> torch.Tensor:
-    """The part of x (B, ...) that is a sum of multiples of one or two others, sample by sample."""
-    of_one = mean_square(one, weight).clamp_min(SMALLEST)
-    part = column(mean_product(x, one, weight) / of_one, x) * one
+def beside(x: torch.Tensor, one: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor | None) -> torch.Tensor:
+    """x (B, ...) without the part that is a sum of multiples of one or two others, sample by sample."""
+    of_one = inner(one, one, weight).clamp_min(SMALLEST)
     if other is None:
-        return part
-    other = torch.addcmul(other, column(mean_product(other, one, weight) / of_one, x), one, value=-1.0)  # what `one` does not tell
-    share = mean_product(x, other, weight) / mean_square(other, weight).clamp_min(SMALLEST)
-    return torch.addcmul(part, column(share, x), other)
+        return torch.addcmul(x, column(inner(x, one, weight) / of_one, x), one, value=-1.0)
+    both = torch.stack([x, other])
+    both = torch.addcmul(both, column(inner(both, one, weight) / of_one, x), one, value=-1.0)  # what `one` does not tell of each
+    x, other = both.unbind(0)
+    across, of_other = inner(both, other, weight).unbind(0)
+    return torch.addcmul(x, column(across / of_other.clamp_min(SMALLEST), x), other, value=-1.0)
 
 
 class Course:
@@ -49,7 +50,7 @@ class Course:
         self._calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # terms (4, B), u and D of each
 
     def go_to(self, step: Step, u: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """On to this step; to the first one, where it begins at u (B, ...). weight: which positions count, as in mean_square."""
+        """On to this step; to the first one, where it begins at u (B, ...). weight: which positions count, as in posterior.inner."""
         if self._calls and self._calls[-1][1].shape != u.shape:
             self._calls = []
         if not self._calls:
@@ -66,12 +67,12 @@ class Course:
             falls = step.v < terms[1]
             terms, falls = torch.where(falls, terms, earlier[0]), falls.reshape(each)
             course, denoised = torch.where(falls, course, earlier[1]), torch.where(falls, denoised, earlier[2])
-        alpha, v, leeway, change = terms
+        alpha, v, leeway, change = terms.unbind(0)
         left = (step.v / v).sqrt()
         moved = step.alpha - left * alpha
         along = torch.addcmul(column(left, u) * course, column(moved, u), denoised)
         if turn is not None:
-            along = along + in_their_span(u - along, turn, None if before is None else before.float(), weight)
+            along = u - beside(u - along, turn, None if before is None else before.float(), weight)
         self.u = torch.where((step.v < v).reshape(each), along, u)
         self.leeway = torch.lerp(leeway, change, (moved / step.alpha).clamp_min(0.0))
 

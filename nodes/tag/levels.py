@@ -24,6 +24,10 @@ TIMES = 1000
 """Times are in thousandths of the model's schedule, 0 clean and 1000 pure noise: for Stable Diffusion its timesteps."""
 
 
+ONE = torch.tensor(1.0)
+"""Numbers that every step needs are tensors without a dimension, on the CPU, for all devices. Measured on a CPU: multiplying (1,) by
+one takes 2.8 us, by a number of Python's 6.7; and what a step costs is what its operations take to start."""
+
 POINTS = 201
 """Times at which a schedule is read off; between them it is interpolated."""
 
@@ -96,25 +100,25 @@ class Line:
 
 
 def signal_and_noise(sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `coefficients` asks a model with, for as many sigmas (B,): (2 B, 1) each, a unit of the one and none of the other."""
-    signal = torch.zeros(2 * len(sigma), 1, dtype=sigma.dtype, device=sigma.device)
-    signal[: len(sigma)] = 1.0
+    """What `coefficients` asks a model with, for as many sigmas (B,): (B, 2) each, a unit of the one and none of the other."""
+    signal = torch.zeros(len(sigma), 2, dtype=sigma.dtype, device=sigma.device)
+    signal[:, 0] = 1.0
     return signal, 1.0 - signal
 
 
 def coefficients(model_sampling, sigma: torch.Tensor, units: tuple | None = None) -> torch.Tensor:
-    """a and b (2, B) of x = a * x0 + b * eps at sigmas (B,), in their dtype, read off the model itself.
+    """a and b (B, 2) of x = a * x0 + b * eps at sigmas (B,), in their dtype, read off the model itself.
 
     units: signal_and_noise, if they are at hand.
     """
     signal, noise = units or signal_and_noise(sigma)
-    return model_sampling.noise_scaling(torch.cat([sigma, sigma]), noise.clone(), signal).reshape(2, -1)
+    return model_sampling.noise_scaling(sigma, noise.clone(), signal)
 
 
 def log_snr(of_both: torch.Tensor, lowest: float = LOG_SNR_RANGE[0]) -> torch.Tensor:
-    """2 ln(a / b) (B,) of a and b (2, B), kept within LOG_SNR_RANGE, or above another lowest one."""
-    a, b = of_both.clamp_min(1e-12).log()
-    return (2.0 * (a - b)).clamp(lowest, LOG_SNR_RANGE[1])
+    """2 ln(a / b) (B,) of a and b (B, 2), kept within LOG_SNR_RANGE, or above another lowest one."""
+    a, b = of_both.unbind(1)
+    return (a / b).square().log().clamp(lowest, LOG_SNR_RANGE[1])
 
 
 def alpha_and_variance(level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

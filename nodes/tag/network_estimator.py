@@ -6,6 +6,7 @@ import torch
 
 from .answer import Answer
 from .energy import Disturbance, EnergyEstimator
+from .levels import Step
 from .posterior import Measured, Posterior, averaged_terms
 
 
@@ -26,32 +27,32 @@ class NetworkEstimator:
         self.guided = False
         self._known: tuple[torch.Tensor, Measured] | None = None
 
-    def _told(self, u: torch.Tensor, level: torch.Tensor) -> Measured:
+    def _told(self, u: torch.Tensor, step: Step) -> Measured:
         """What the network says by itself, which it is asked once a sample."""
         if self._known is None or self._known[0] is not u:
             gamma = self.judge(u).float().nan_to_num().softmax(dim=1)
             if self.terms is None:
                 self.terms = averaged_terms(self.levels.to(u.device)[None])
             posterior = Posterior.of(self.levels.to(u.device).expand(len(u), -1), gamma, self.terms)
-            surplus = posterior.surplus(level)
+            surplus = posterior.surplus(step.level)
             self._known = (u, Measured(posterior, surplus, torch.ones_like(surplus)))
         return self._known[1]
 
-    def _beside(self, u: torch.Tensor, level: torch.Tensor, found: Disturbance | None) -> Measured:
+    def _beside(self, u: torch.Tensor, step: Step, found: Disturbance | None) -> Measured:
         """What the network says, beside what the energies found."""
-        told = self._told(u, level)
+        told = self._told(u, step)
         if found is None:
             return told
         surplus = found.surplus if self.guided else torch.maximum(told.surplus, found.surplus)
         return Measured(told.posterior, surplus, found.kept)
 
-    def before(self, u: torch.Tensor, level: torch.Tensor) -> Measured:
+    def before(self, u: torch.Tensor, step: Step) -> Measured:
         """What is known before the model is asked."""
-        return self._beside(u, level, self.energy.before(u, level))
+        return self._beside(u, step, self.energy.before(u, step))
 
-    def after(self, u: torch.Tensor, level: torch.Tensor, anchor: torch.Tensor) -> Measured:
+    def after(self, u: torch.Tensor, step: Step, anchor: torch.Tensor) -> Measured:
         """The same: the network needs no estimate of the model's."""
-        return self.before(u, level)
+        return self.before(u, step)
 
     def keep(self, answer: Answer) -> None:
         self._known, self.guided = None, answer.guided

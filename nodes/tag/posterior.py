@@ -4,7 +4,6 @@ All in the variance-preserving form u = alpha * x0 + sqrt(v) * eps; samples (B, 
 by itself.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,23 +13,16 @@ from .levels import alpha_and_variance
 
 
 def averaged_terms(levels: torch.Tensor) -> torch.Tensor:
-    """What guidance needs the posterior means of, (B, 5, K) of levels (B, K): 1 / v, ln v, d, d^2 and alpha / v.
+    """What guidance needs the posterior means of, (B, 3, K) of levels (B, K): 1 / (1 + alpha), 1 / v and ln v.
 
-    d is ln v from the middle level's on: a variance taken from d and d^2 loses no digits.
+    alpha / v is the second less the first.
     """
     alpha, v = alpha_and_variance(levels)
-    return terms_of(alpha / v, v.reciprocal(), v.log())
+    return torch.stack([(1.0 + alpha).reciprocal(), v.reciprocal(), v.log()], dim=1)
 
 
-def terms_of(signal: torch.Tensor, precision: torch.Tensor, log_v: torch.Tensor) -> torch.Tensor:
-    """averaged_terms of levels whose alpha / v, 1 / v and ln v, each (B, K), are at hand."""
-    d = log_v - log_v[:, log_v.shape[1] // 2, None]
-    return torch.stack([precision, log_v, d, d.square(), signal], dim=1)
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """p(level | u): `levels` (B, K) log-SNR and `gamma` (B, K), which sums to 1; `means` (B, 5) of the averaged_terms under
+class Posterior(NamedTuple):
+    """p(level | u): `levels` (B, K) log-SNR and `gamma` (B, K), which sums to 1; `means` (B, 3) of the averaged_terms under
     it. All float32, on the sample's device.
     """
 
@@ -40,14 +32,20 @@ class Posterior:
 
     @classmethod
     def of(cls, levels: torch.Tensor, gamma: torch.Tensor, terms: torch.Tensor | None = None) -> "Posterior":
-        """terms: averaged_terms of the levels, (B or 1, 5, K), if they are at hand."""
+        """terms: averaged_terms of the levels, (B or 1, 3, K), if they are at hand."""
         terms = averaged_terms(levels) if terms is None else terms
         return cls(levels, gamma, (gamma[:, None] * terms).sum(dim=2))
 
+    def precision_and_signal(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means of 1 / v and of alpha / v under the posterior, each (B,)."""
+        share, precision, _ = self.means.unbind(1)
+        return precision, precision - share
+
     def log_variance(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance of ln v under the posterior, each (B,)."""
-        _, mean, d, d_squared, _ = self.means.unbind(1)
-        return mean, torch.addcmul(d_squared, d, d, value=-1).clamp_min(0)
+        mean = self.means[:, 2]
+        away = F.softplus(self.levels) + mean[:, None]  # ln v = -softplus(log-SNR)
+        return mean, (self.gamma * away.square()).sum(dim=1)
 
     def surplus(self, level: torch.Tensor) -> torch.Tensor:
         """How much noise too much at a step of this level, (B,) >= 0: ln(v of the sample / v of the step)."""
@@ -57,8 +55,8 @@ class Posterior:
     def noisier_half(self) -> "Posterior":
         """For each sample the noisier one of two posteriors, those of all samples (2 B, ...) one after the other."""
         means = self.means.unflatten(0, (2, -1))
-        chosen = (means[0, :, 1] >= means[1, :, 1])[:, None]
-        return Posterior(*(torch.where(chosen, *both.chunk(2)) for both in (self.levels, self.gamma, self.means)))
+        chosen = means[0, :, 2:] >= means[1, :, 2:]
+        return Posterior(*(torch.where(chosen, *both.chunk(2)) for both in self))
 
     def likeliest(self) -> torch.Tensor:
         """The level with the largest share, (B,)."""
@@ -87,23 +85,21 @@ def beyond_chance(gap: torch.Tensor, variance: torch.Tensor | float) -> torch.Te
 
 
 def column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """One value a sample (B,) in a shape that multiplies `like` (B, ...), and in its dtype."""
-    return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
+    """One value a sample (B,), or (2, B), in a shape that multiplies `like` (B, ...)."""
+    return values.reshape(values.shape + (1,) * (like.ndim - 1))
 
 
-def mean_product(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None, dims: int = 0) -> torch.Tensor:
-    """Mean of x * y over everything but the batch, (B,) float32; `weight` (B, 1, ...) says which positions count.
+def inner(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of x * y over everything but the batch: (B,) of y (B, ...) and as large an x, (2, B) of two of them (2, B, ...).
 
-    dims: of one batch (B, ...), where x has more: of (2, B, ...) there are the means (2, B).
+    weight: (B, 1, ...), which positions count.
     """
-    products = x.float() * y.float()
-    first = 1 + (products.ndim - dims if dims else 0)
-    if weight is None:
-        return products.flatten(first).mean(dim=first)
-    weight = weight.float().expand(products.shape).flatten(first)
-    return (products.flatten(first) * weight).sum(dim=first) / weight.sum(dim=first).clamp_min(1.0)
+    if weight is not None:
+        x = x * weight
+    return torch.linalg.vecdot(x.flatten(x.ndim - y.ndim + 1), y.flatten(1))
 
 
-def mean_square(x: torch.Tensor, weight: torch.Tensor | None = None, dims: int = 0) -> torch.Tensor:
-    """Mean of x^2, as in mean_product."""
-    return mean_product(x, x, weight, dims)
+def inner_of_each(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Sums of x^2, (2, B), of two batches (2, B, ...)."""
+    weighted = x if weight is None else x * weight
+    return torch.linalg.vecdot(weighted.flatten(2), x.flatten(2))

@@ -22,14 +22,14 @@ class Process:
     def level_and_scale(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """log-SNR, and sqrt(a^2 + b^2), x = scale * u, each (B,), at sigmas (B,)."""
         both = self._coefficients(sigma)
-        return log_snr(both, DEEPEST), torch.linalg.vector_norm(both, dim=0)
+        return log_snr(both, DEEPEST), torch.linalg.vector_norm(both, dim=1)
 
     def scale(self, sigma: torch.Tensor) -> torch.Tensor:
         """sqrt(a^2 + b^2) alone."""
-        return torch.linalg.vector_norm(self._coefficients(sigma), dim=0)
+        return torch.linalg.vector_norm(self._coefficients(sigma), dim=1)
 
     def _coefficients(self, sigma: torch.Tensor) -> torch.Tensor:
-        if self.units is None or len(self.units[0]) != 2 * len(sigma):
+        if self.units is None or len(self.units[0]) != len(sigma):
             self.units = signal_and_noise(sigma)
         return coefficients(self.model_sampling, sigma, self.units)
 

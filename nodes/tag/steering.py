@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 
 from .alignment import (
-    closed_form, level_of, relative_correction, root_mean_square, score_correction, shift, step_omega,
+    closed_form, length, level_of, relative_correction, score_correction, shift, step_omega,
 )
 from .answer import Ask
 from .energy import Disturbance, EnergyEstimator
+from .levels import Step
 from .network_estimator import NetworkEstimator
 from .posterior import Measured, Posterior, column
 from .settings import TagSettings
@@ -42,60 +43,61 @@ class Steering:
             level: (B,) log-SNR of the step.
             active: False measures only, as strength 0 does.
         """
-        before = self.estimator.before(u, level)
+        step = Step.at(level)
+        before = self.estimator.before(u, step)
         if not active or self.settings.strength == 0:
             answer, measured, correction = ask(u, level), None, None
         else:
             guide = {"relative": self._relative, "score": self._score, "shift": self._shift}[self.settings.mode]
-            answer, measured, correction = guide(ask, x, u, level, before)
+            answer, measured, correction = guide(ask, x, u, step, before)
         if measured is None:
-            measured = self.estimator.after(u, level, answer.anchor)
+            measured = self.estimator.after(u, step, answer.anchor)
         self.estimator.keep(answer)
         return corrected(answer.denoised, correction), measured.posterior
 
-    def _time_linked_score(self, u, anchor, level, measured: Measured | None, omega: float) -> torch.Tensor:
+    def _time_linked_score(self, u, anchor, step: Step, measured: Measured | None, omega: float) -> torch.Tensor:
         if self.settings.estimate == "published gradient":
-            return self.gradient(u, level, step_omega(omega, level))
-        return closed_form(u, anchor, level, measured.posterior)
+            return self.gradient(u, step.level, step_omega(omega, step))
+        return closed_form(u, anchor, step, measured.posterior)
 
-    def _relative(self, ask: Ask, x, u, level, before: Measured | Disturbance | None):
+    def _relative(self, ask: Ask, x, u, step: Step, before: Measured | Disturbance | None):
         """Asks the model at the level the sample really has, and corrects in proportion to the gap.
 
         Asking there is not in the paper: a network that is told too little noise takes the surplus for detail, and no
         correction of its estimate brings back what it then mixes up. At strength 1 and above the level is wholly the
         sample's.
         """
-        asked, asked_at = u, level
+        asked, asked_at = u, step.level
         if self.settings.ask_at == "sample's level" and self.may_ask_elsewhere and before is not None:
             surplus, kept = before.surplus, before.kept
             if self.settings.strength < 1:
                 surplus, kept = self.settings.strength * surplus, kept.pow(self.settings.strength)
-            asked_at, factor = level_of(level, surplus, kept)
+            asked_at, factor = level_of(step, surplus, kept)
             asked = u * column(factor, u)
         answer = ask(asked, asked_at)
-        measured = self.estimator.after(u, level, answer.anchor)
-        tls = self._time_linked_score(u, answer.anchor, level, measured, 1.0)
-        reach = root_mean_square(answer.denoised.float() - x.float())
+        measured = self.estimator.after(u, step, answer.anchor)
+        tls = self._time_linked_score(u, answer.anchor, step, measured, 1.0)
+        reach = length(answer.denoised.float() - x.float())
         return answer, measured, relative_correction(tls, reach, self.settings.strength, measured.surplus)
 
-    def _score(self, ask: Ask, x, u, level, before: Measured | Disturbance | None):
+    def _score(self, ask: Ask, x, u, step: Step, before: Measured | Disturbance | None):
         """The paper's score guidance, Eq. 7."""
-        answer = ask(u, level)
-        measured = self.estimator.after(u, level, answer.anchor)
-        tls = self._time_linked_score(u, answer.anchor, level, measured, self.settings.strength)
-        reach = root_mean_square(answer.denoised.float() - x.float())
-        return answer, measured, score_correction(tls, reach, self.settings.strength, level)
+        answer = ask(u, step.level)
+        measured = self.estimator.after(u, step, answer.anchor)
+        tls = self._time_linked_score(u, answer.anchor, step, measured, self.settings.strength)
+        reach = length(answer.denoised.float() - x.float())
+        return answer, measured, score_correction(tls, reach, self.settings.strength, step)
 
-    def _shift(self, ask: Ask, x, u, level, before: Measured | Disturbance | None):
+    def _shift(self, ask: Ask, x, u, step: Step, before: Measured | Disturbance | None):
         """The paper's Algorithm 1, as far as a MODEL patch can: the model's estimate at the shifted sample. The sampler
         goes on from its own x. The closed form needs an estimate first, which is one more model call.
         """
         measured, anchor = before, None
         if self.settings.estimate == "closed form":
-            anchor = ask(u, level).anchor
-            measured = self.estimator.after(u, level, anchor)
-        tls = self._time_linked_score(u, anchor, level, measured, self.settings.strength)
-        return ask(u + shift(tls, self.settings.strength, level), level), measured, None
+            anchor = ask(u, step.level).anchor
+            measured = self.estimator.after(u, step, anchor)
+        tls = self._time_linked_score(u, anchor, step, measured, self.settings.strength)
+        return ask(u + shift(tls, self.settings.strength, step), step.level), measured, None
 
 
 def corrected(denoised: torch.Tensor, correction: torch.Tensor | None) -> torch.Tensor:

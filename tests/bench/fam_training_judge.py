@@ -3,17 +3,25 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from ..harness.cache import cache_folder
 from .classifier import predict, trained_classifier
 from .distances import frechet, statistics
 
 NEIGHBOURS = 3
+CLASSIFIER_SIDE = 32
 
 
 def classes(count: int) -> torch.Tensor:
     """The classes in turn."""
     return torch.arange(count) % 10
+
+
+def shown(images: torch.Tensor) -> torch.Tensor:
+    """Images (N, 3, S, S) at the size that the classifier takes."""
+    scale = CLASSIFIER_SIDE // images.shape[-1]
+    return images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="nearest")
 
 
 def neighbour_radius(features: torch.Tensor) -> torch.Tensor:
@@ -29,6 +37,7 @@ def coverage(features: torch.Tensor, of: torch.Tensor) -> float:
 class Judge:
     """Args:
         images, labels: the training images, which the classifier learns from. test: the test images and labels.
+        Images of 16x16 are shown to it at twice the size.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, test: tuple[torch.Tensor, torch.Tensor], device: torch.device):
@@ -37,7 +46,9 @@ class Judge:
     @functools.cached_property
     def classifier(self):
         with torch.enable_grad():
-            return trained_classifier(self.images, self.labels, cache_folder() / "data", device=self.device).to(self.device)
+            side, data = self.images.shape[-1], cache_folder() / "data"
+            folder = data if side == CLASSIFIER_SIDE else data / f"{side}x{side}"
+            return trained_classifier(shown(self.images), self.labels, folder, device=self.device).to(self.device)
 
     @functools.cached_property
     def real(self) -> torch.Tensor:
@@ -47,7 +58,7 @@ class Judge:
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """The classifier's, (N, 128) float32, on the CPU."""
-        return torch.cat([self.classifier.features(part.to(self.device)).cpu() for part in images.split(500)])
+        return torch.cat([self.classifier.features(shown(part).to(self.device)).cpu() for part in images.split(500)])
 
     def chosen(self, count: int) -> torch.Tensor:
         """Features of as many test images."""
@@ -58,14 +69,14 @@ class Judge:
 
     def of_classifier(self) -> float:
         """Share of the test images that it names rightly."""
-        return (predict(self.classifier, self.test[0]) == self.test[1]).double().mean().item()
+        return (predict(self.classifier, shown(self.test[0])) == self.test[1]).double().mean().item()
 
     def figures(self, samples: torch.Tensor, features: torch.Tensor) -> dict[str, float]:
-        """Of samples (N, 3, 32, 32), the classes in turn, and their features."""
+        """Of samples (N, 3, S, S), the classes in turn, and their features."""
         means = features.double().mean(dim=0) - self.real.double().mean(dim=0)
         near, real_near = features.to(self.device), self.chosen(len(features)).to(self.device)
         return {
             "FD": self.fd(features), "FD_of_means": means.square().sum().item(), "precision": coverage(near, real_near),
             "recall": coverage(real_near, near), "brightness": samples.mean().item(),
-            "as_asked": (predict(self.classifier, samples) == classes(len(samples))).double().mean().item(),
+            "as_asked": (predict(self.classifier, shown(samples)) == classes(len(samples))).double().mean().item(),
         }

@@ -46,7 +46,8 @@ class Size:
     base_steps, base_batch, peak_rate: of the base's own training; 0: the shipped weights are the base. rate: at which it ends, and of all runs.
     points: how often FD is taken on the way. steps: of a run, both phases. decay: of the moving average.
     judged, euler: samples a run is judged by, and their steps, the maps' too. map_images: of a map's batch.
-    highlighter_images: of each class.
+    highlighter_images: of each class; highlighter_side: pixels that it sees a picture with.
+    network: of `fast_demo.NETWORKS`. side: of the images, 32 or halves of it. from_mean: judge a second time, see fam_training.py.
     """
 
     base_steps: int = 6000
@@ -64,6 +65,10 @@ class Size:
     map_images: int = 64
     highlighter_images: int = 3000
     highlighter_epochs: int = 12
+    highlighter_side: int = 64
+    network: str = "demo"
+    side: int = 32
+    from_mean: bool = True
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     sweep_seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -72,6 +77,8 @@ SIZES = {
     "gpu": Size(),
     "cpu": Size(0, steps=120, batch=32, map_every=30, decay=0.98, judged=400, euler=10, map_images=16,
                 highlighter_images=400, highlighter_epochs=10, seeds=(0, 1, 2), sweep_seeds=(0, 1)),
+    "small": Size(5000, 64, peak_rate=2e-3, steps=800, batch=64, map_every=50, judged=2000, euler=10, highlighter_images=2000,
+                  highlighter_side=32, network="small", side=16, from_mean=False, seeds=(0, 1, 2), sweep_seeds=(0,)),
     "tiny": Size(4, 4, warmup=2, points=2, steps=5, batch=4, map_every=2, judged=16, euler=2, map_images=2,
                  highlighter_images=20, highlighter_epochs=1, seeds=(0, 1), sweep_seeds=(0,)),
 }

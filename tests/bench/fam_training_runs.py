@@ -1,11 +1,13 @@
 """The jobs of `fam_training`: the base, the highlighter, and the runs."""
 
+import json
 import math
 import os
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from .data import load_fashion_mnist
@@ -28,6 +30,11 @@ CHANGES = {
 """Of a map (1, H, W), each of the same mean: right, even, in a wrong place, high where it was low."""
 
 
+def halved(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Images (N, 3, S, S) at a side that is S or a half, a quarter ... of it, by means of their pixels."""
+    return images if images.shape[-1] == side else F.avg_pool2d(images, images.shape[-1] // side)
+
+
 class Worker:
     """One worker; several may share a folder.
 
@@ -45,7 +52,9 @@ class Worker:
         self.demo_model, self.size, self.minutes, self.graph, self.base = demo_model, size, minutes, graph, base
         self.queue = JobQueue(folder, jobs_of(size, only), until)
         self.path = self.queue.path
-        (self.images, self.labels), test = load_fashion_mnist(data)
+        (self.images, self.labels), test = (
+            (halved(images, size.side), labels) for images, labels in load_fashion_mnist(data)
+        )
         self.device = comfy.model_management.get_torch_device()
         self.judge = Judge(self.images, self.labels, test, self.device)
         self.training: FastDemo | None = None
@@ -66,7 +75,7 @@ class Worker:
         """The network in training, with a step for batches of this size; its weights are whatever they were last."""
         if self.training is None or self.training.batch != batch:
             self.training = None
-            self.training = FastDemo(self.demo_model, self.images, self.labels, batch, self.graph)
+            self.training = FastDemo(self.demo_model, self.images, self.labels, batch, self.graph, self.size.network)
         return self.training
 
     # The base
@@ -94,27 +103,36 @@ class Worker:
         }
 
     def train_base(self, training: FastDemo, found: dict) -> None:
-        """The base's own training; puts what was seen on the way into `found`. The time there is may cut it short."""
+        """The base's own training; puts what was seen on the way into `found`. The time there is may cut it short; what an earlier
+        call reached is gone on from."""
         size, losses = self.size, []
 
-        def train(first: int, end: int, total: int) -> None:
+        def train(first: int, end: int, total: int) -> float:
+            losses.clear()
             for step in range(first, end):
                 loss = training.step(BASE_SEED * 1_000_003 + step, self.base_rate(step, total), size.decay)
                 losses.append(loss.clone())
+            return torch.stack(losses).mean().item() if losses else math.nan
 
-        begun, done = time.perf_counter(), size.warmup
-        train(0, done, size.base_steps)
-        torch.stack(losses).cpu()
-        found["step_seconds"] = (time.perf_counter() - begun) / done
-        steps = min(size.base_steps, max(2 * done, int(BASE_SHARE * 60 * self.minutes / found["step_seconds"])))
-        for point in range(1, size.points + 1):
-            end = max(done, steps * point // size.points)
-            train(done, end, steps)
-            done = end
-            found["FD_by_step"].append([done, self.fd_now()])
-            print(f"base model, step {done} of {steps}: FD {found['FD_by_step'][-1][1]:.2f}", flush=True)
-        parts = torch.stack(losses).cpu().tensor_split(size.points)
-        found |= {"steps": steps, "loss_by_point": [part.mean().item() for part in parts]}
+        so_far = self.path("base model", "progress")
+        if so_far.exists():
+            found |= json.loads(so_far.read_text())
+            training.load(load_file(self.path(f"state base point {len(found['FD_by_step']) - 1}", "safetensors")))
+        else:
+            begun = time.perf_counter()
+            train(0, size.warmup, size.base_steps)
+            found["step_seconds"] = (time.perf_counter() - begun) / size.warmup
+            found["steps"] = min(size.base_steps, max(2 * size.warmup, int(BASE_SHARE * 60 * self.minutes / found["step_seconds"])))
+            found["loss_by_point"] = []
+        steps = found["steps"]
+        for point in range(len(found["FD_by_step"]), size.points + 1):
+            done, end = max(size.warmup, found["FD_by_step"][-1][0]), max(size.warmup, steps * point // size.points)
+            found["loss_by_point"].append(train(done, end, steps))
+            found["FD_by_step"].append([end, self.fd_now()])
+            print(f"base model, step {end} of {steps}: FD {found['FD_by_step'][-1][1]:.2f}", flush=True)
+            self.keep_state(f"base point {point}", training)
+            so_far.write_text(json.dumps(found))
+            self.path(f"state base point {point - 1}", "safetensors").unlink(missing_ok=True)
 
     def base_rate(self, step: int, steps: int) -> float:
         """Linear warm-up to the peak, a quarter of a cosine's way down to `rate` at 70 % of the steps, then level."""
@@ -138,7 +156,7 @@ class Worker:
         size, generated = self.size, load_file(self.path("base samples", "safetensors"))["samples"]
         chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(HIGHLIGHTER_SEED))
         real = self.images[chosen[: size.highlighter_images]]
-        settings = TrainingSettings(size.highlighter_epochs, 64, 2e-5, 64, 0, "small")
+        settings = TrainingSettings(size.highlighter_epochs, 64, 2e-5, size.highlighter_side, 0, "small")
 
         class Silent:
             def __init__(self, training):
@@ -218,7 +236,7 @@ class Worker:
         return training.step(seed * 1_000_003 + step, self.size.rate, self.size.decay)
 
     def flaw_map(self, training: FastDemo, seed: int) -> tuple[torch.Tensor, float]:
-        """mFAM of a batch of the averaged weights, (1, 32, 32), and how generated it looks."""
+        """mFAM of a batch of the averaged weights, (1, S, S), and how generated it looks."""
         from artifact_guard.nodes.fam.flaw_batch import FlawBatch
         from artifact_guard.nodes.fam.grad_cam import flaw_map
 
@@ -235,9 +253,8 @@ class Worker:
         samples = training.sample(*asked)
         features = self.judge.features(samples)
         save_file({"features": features}, self.path(job.name, "safetensors"))
-        from_mean = self.judge.features(training.sample(*asked, from_mean=True))
+        figures = self.judge.figures(samples, features)
+        if self.size.from_mean:
+            figures["FD_from_mean"] = self.judge.fd(self.judge.features(training.sample(*asked, from_mean=True)))
         generated = self.highlighter.generated_probability(as_image(samples[:1000]), batch=100)
-        return self.judge.figures(samples, features) | {
-            "FD_from_mean": self.judge.fd(from_mean), "judged_generated": generated.mean().item(),
-            "loss": loss[-len(loss) // 5 :].mean().item(),
-        }
+        return figures | {"judged_generated": generated.mean().item(), "loss": loss[-len(loss) // 5 :].mean().item()}

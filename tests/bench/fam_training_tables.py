@@ -39,7 +39,7 @@ class Results:
         if not seeds:
             return None
         rows = [self.rows[f"{arm} {seed}"] for seed in seeds]
-        found = {key: sum(row[key] for row in rows) / len(rows) for key in MEANS}
+        found = {key: sum(row[key] for row in rows) / len(rows) for key in MEANS if key in rows[0]}
         found |= {"seeds": seeds, "FD_each_seed": [row["FD"] for row in rows]}
         if rows[0].get("maps"):
             maps = [entry for row in rows for entry in row["maps"]]
@@ -49,10 +49,10 @@ class Results:
         totals = [sum(self.distances(f"{name} {seed}") for seed in seeds).tolist() for name in ("base", arm)]
         whole, low, high = jackknife_ratio(*totals)
         each, from_mean = (
-            [row[key] / self.rows[f"base {seed}"][key] for row, seed in zip(rows, seeds)] for key in ("FD", "FD_from_mean")
+            [row[key] / self.rows[f"base {seed}"][key] for row, seed in zip(rows, seeds) if key in row] for key in ("FD", "FD_from_mean")
         )
-        return found | {"ratio": whole, "pictures": [low, high], "each_seed": each, "seeds_interval": over_seeds(each),
-                        "from_mean_each_seed": from_mean, "from_mean_interval": over_seeds(from_mean)}
+        found |= {"ratio": whole, "pictures": [low, high], "each_seed": each, "seeds_interval": over_seeds(each)}
+        return found | ({"from_mean_each_seed": from_mean, "from_mean_interval": over_seeds(from_mean)} if from_mean else {})
 
     def summary(self) -> dict:
         found = {name: self.arm(name) for name in (*ARMS, *SWEEPS)}
@@ -78,9 +78,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def told(row: dict) -> list[str]:
     """The ratio of an arm in words: of the mean, the intervals over seeds and over pictures, seed by seed, from the mean image."""
     if "ratio" not in row:
-        return ["", "", "", ", ".join(f"{value:.2f}" for value in row["FD_each_seed"]), f"FD {row['FD_from_mean']:.2f}"]
+        from_mean = f"FD {row['FD_from_mean']:.2f}" if "FD_from_mean" in row else ""
+        return ["", "", "", ", ".join(f"{value:.2f}" for value in row["FD_each_seed"]), from_mean]
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-    from_mean = f"{sum(row['from_mean_each_seed']) / len(row['seeds']):.3f} {interval(row['from_mean_interval'])}".strip()
+    from_mean = ""
+    if "from_mean_each_seed" in row:
+        from_mean = f"{sum(row['from_mean_each_seed']) / len(row['seeds']):.3f} {interval(row['from_mean_interval'])}".strip()
     each = ", ".join(f"{value:.3f}" for value in row["each_seed"])
     return [ratio, interval(row["seeds_interval"]), interval(row["pictures"]), each, from_mean]
 

@@ -1,4 +1,5 @@
-"""Training and sampling of the demo model for many long runs: the node's step, without what a graph editor needs around it.
+"""Training and sampling of the demo model, or of a smaller one, for many long runs: the node's step, without what a graph
+editor needs around it.
 
 A step is the one of nodes/fam/train_steps.py (a test compares loss and gradients), with whole timesteps: of images x0,
     e = eps + lambda M,   u = sqrt(abar) x0 + sqrt(1 - abar) e,   loss = |network(u, t) - (sqrt(abar) e - sqrt(1 - abar) x0)|^2,
@@ -13,32 +14,52 @@ import logging
 import torch
 import torch.nn.functional as F
 
-from .flaw_aware_demo import BETAS, LABEL_DROPOUT, trainable_demo
+from .flaw_aware_demo import BETAS, LABEL_DROPOUT, trainable, trainable_demo
 from .training_runs import quick_dtype
 
 WEIGHT_DECAY, LARGEST_GRADIENT = 0.01, 1.0
-GRIDS = (16, 8)
-"""Sides of the levels that have attention."""
+SMALL = {
+    "image_size": 16, "channel_mult": (1, 1), "num_res_blocks": [1, 1], "transformer_depth": [0, 1],
+    "transformer_depth_output": [0, 0, 1, 1],
+}
+"""What the small network has instead of the demo model's: images of 16x16, two levels of 32 channels, attention on 8x8."""
 WARMING_UP = 3
 """Steps that are thrown away before a graph is captured: libraries choose their kernels in them."""
+
+
+def small_model(demo_model):
+    """A network of 0.36 million fresh weights, the same at every call, and a schedule that ends in noise alone: a model patcher."""
+    from .train_demo import initialise
+
+    model = trainable(demo_model, demo_model.UNET_CONFIG | SMALL, {"zsnr": True})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        initialise(model.model.diffusion_model)
+    return model
+
+
+NETWORKS = {"demo": trainable_demo, "small": small_model}
 
 
 class FastDemo:
     """The demo model in training, and its moving average.
 
     Args:
-        images: (N, 3, 32, 32) in [-1, 1]. labels: (N,). batch: images a step.
+        images: (N, 3, S, S) in [-1, 1], S 32 for the demo model. labels: (N,). batch: images a step.
         graph: capture a CUDA graph, where there is CUDA.
+        network: of `NETWORKS`.
     """
 
-    def __init__(self, demo_model, images: torch.Tensor, labels: torch.Tensor, batch: int, graph: bool = True):
-        model = trainable_demo(demo_model)
+    def __init__(self, demo_model, images: torch.Tensor, labels: torch.Tensor, batch: int, graph: bool = True, network: str = "demo"):
+        model = NETWORKS[network](demo_model)
         self.device, self.batch, self.dtype = model.load_device, batch, quick_dtype(model.load_device)
         self.network = model.model.diffusion_model.requires_grad_(True)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
         self.sampling = model.model.model_sampling
         self.sigmas = self.sampling.sigmas.detach().float().to(self.device)
         self.images, self.labels = images.to(self.device), labels.to(self.device)
+        self.shape = tuple(images.shape[1:])
+        self.grids = [self.shape[-1] // 2, self.shape[-1] // 4]  # sides of the levels that have attention
         self.mean_image = self.images.mean(dim=0)
         classes = [*range(len(demo_model.LABELS)), None]
         self.tokens = torch.cat([demo_model.class_token(label) for label in classes]).to(self.device)
@@ -52,11 +73,11 @@ class FastDemo:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self.generator = torch.Generator(self.device)
-        self.clean, self.noise = zeros(self.batch, 3, 32, 32), zeros(self.batch, 3, 32, 32)
+        self.clean, self.noise = zeros(self.batch, *self.shape), zeros(self.batch, *self.shape)
         self.timesteps = zeros(self.batch, dtype=torch.long)
         self.context = zeros(self.batch, *self.tokens.shape[1:])
-        self.noise_map = zeros(1, 1, 32, 32)
-        self.amounts = {side * side: zeros(self.batch, side * side) for side in GRIDS}
+        self.noise_map = zeros(1, 1, *self.shape[1:])
+        self.amounts = {side * side: zeros(self.batch, side * side) for side in self.grids}
         self.loss_now = zeros()
 
     def make_optimizer(self) -> None:
@@ -150,12 +171,12 @@ class FastDemo:
 
     @torch.no_grad()
     def set_map(self, flaw_map: torch.Tensor | None, attention_strength: float = 0.0, noise_strength: float = 0.0) -> None:
-        """The map (1, 32, 32) that acts on the steps from now on; None: ordinary training."""
+        """The map (1, S, S) that acts on the steps from now on; None: ordinary training."""
         from artifact_guard.nodes.fam.token_maps import resize_tokens
 
-        given = torch.zeros(1, 32, 32) if flaw_map is None else flaw_map.float()
+        given = torch.zeros(1, *self.shape[1:]) if flaw_map is None else flaw_map.float()
         self.noise_map.copy_((noise_strength * given)[None])
-        for side in GRIDS:
+        for side in self.grids:
             self.amounts[side * side].copy_(attention_strength * resize_tokens(given[None], side, side))
 
     # Going on later
@@ -185,7 +206,7 @@ class FastDemo:
 
     @torch.no_grad()
     def sample(self, labels: torch.Tensor, seed: int, steps: int, part: int = 1000, from_mean: bool = False) -> torch.Tensor:
-        """Images (N, 3, 32, 32) in [-1, 1] of the average, on the CPU, by Euler's method without guidance; ComfyUI's
+        """Images (N, 3, S, S) in [-1, 1] of the average, on the CPU, by Euler's method without guidance; ComfyUI's
         sampler `euler` and scheduler `normal`. The noise depends on seed and number alone.
 
         from_mean: the mean training image is added to the noise of the start. Of the noisiest images of Stable Diffusion's
@@ -197,7 +218,7 @@ class FastDemo:
         timesteps = self.sampling.timestep(schedule[:-1].to(self.sigmas.device)).to(self.device)
         schedule, done = schedule.tolist(), []
         for number, chosen in enumerate(labels.split(part)):
-            noise = torch.randn(len(chosen), 3, 32, 32, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+            noise = torch.randn(len(chosen), *self.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
             context = self.tokens[chosen.to(self.device)]
             x = noise.to(self.device) * (schedule[0] ** 2 + 1) ** 0.5
             if from_mean:

@@ -34,21 +34,29 @@ def falling_rate(steps: int) -> Callable[[int], float]:
     return rate
 
 
-def trainable_demo(demo_model):
-    """The demo model with its shipped weights in fp32, made so that a gradient may pass: a model patcher."""
+def trainable(demo_model, unet_config: dict, sampling_settings: dict):
+    """A model of the demo model's kind in fp32, made so that a gradient may pass, its weights not set yet: a model patcher."""
     import comfy.model_patcher
     import comfy.ops
-    import comfy.utils
 
     device = comfy.model_management.get_torch_device()
-    config = demo_model.DemoConfig(demo_model.UNET_CONFIG)
+    config = demo_model.DemoConfig(unet_config)
     config.custom_operations = comfy.ops.disable_weight_init
+    config.sampling_settings = sampling_settings
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, device=device)
-    weights = comfy.utils.load_torch_file(str(demo_model.WEIGHTS), safe_load=True)
-    model.diffusion_model.load_state_dict({name: value.float() for name, value in weights.items()})
     model.diffusion_model.to(device)
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+
+
+def trainable_demo(demo_model):
+    """The demo model with its shipped weights in fp32, made so that a gradient may pass: a model patcher."""
+    import comfy.utils
+
+    model = trainable(demo_model, demo_model.UNET_CONFIG, {})
+    weights = comfy.utils.load_torch_file(str(demo_model.WEIGHTS), safe_load=True)
+    model.model.diffusion_model.load_state_dict({name: value.float() for name, value in weights.items()})
+    return model
 
 
 def conditions_of(demo_model) -> list:

@@ -43,7 +43,7 @@ class Case:
         self.before = self.denoised(self.u_before, earlier)
         self.u = alpha_now * self.before + (v_now / v).sqrt() * (self.u_before - alpha * self.before)
         self.u = self.u + noise * drawn()
-        self.level, self.level_before = (levels[i].expand(SAMPLES) for i in (index, earlier))
+        self.step, self.step_before = (self.tag.levels.Step.at(levels[i].expand(SAMPLES)) for i in (index, earlier))
         self.estimate = self.denoised(self.u, index)
 
     def denoised(self, u, index):
@@ -57,19 +57,19 @@ class Case:
         gamma = log_time_posterior(self.denoiser, self.u, sigmas).exp().float()
         exact = posterior.Posterior.of(self.levels.expand(SAMPLES, -1), gamma)
         one_call, in_run = self.tag.energy.EnergyEstimator(), self.tag.energy.EnergyEstimator()
-        in_run.after(self.u_before, self.level_before, self.before)
+        in_run.after(self.u_before, self.step_before, self.before)
         in_run.keep(self.tag.answer.Answer(self.before, self.before))
         energy = self.tag.energy.EnergyEstimator()
         predictor = self.tag.network_estimator.NetworkEstimator(network, self.levels, energy)
         posteriors = {
             "closed form, exact posterior": exact,
-            "closed form, training-free (default)": in_run.after(self.u, self.level, self.estimate).posterior,
-            "closed form, training-free, this step alone": one_call.after(self.u, self.level, self.estimate).posterior,
-            "closed form, predictor": predictor.before(self.u, self.level).posterior,
+            "closed form, training-free (default)": in_run.after(self.u, self.step, self.estimate).posterior,
+            "closed form, training-free, this step alone": one_call.after(self.u, self.step, self.estimate).posterior,
+            "closed form, predictor": predictor.before(self.u, self.step).posterior,
         }
-        scores = {name: closed_form(self.u, self.estimate, self.level, p) for name, p in posteriors.items()}
+        scores = {name: closed_form(self.u, self.estimate, self.step, p) for name, p in posteriors.items()}
         scores["published gradient, predictor"] = self.tag.alignment.published_gradient(
-            self.u, self.level, network, self.levels
+            self.u, self.step.level, network, self.levels
         )
         return scores
 

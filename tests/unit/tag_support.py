@@ -11,7 +11,6 @@ import torch
 from artifact_guard.nodes.tag.compatibility import kind_of
 from artifact_guard.nodes.tag.energy import EnergyGrid
 from artifact_guard.nodes.tag.levels import LOG_SNR_RANGE, Schedule
-from artifact_guard.nodes.tag.posterior import mean_product, mean_square
 from artifact_guard.nodes.tag.schema import TemporalAlignmentGuidance
 from artifact_guard.nodes.tag.training import Trainer, TrainingData, TrainingSettings, new_predictor
 
@@ -86,4 +85,11 @@ def energy_posterior(u, anchor, weight=None, noisiest=LOG_SNR_RANGE[0]):
     """p(level | u) if u is alpha * anchor + noise, all (B, ...): from the energy that remains when the anchor is taken away."""
     share = 1.0 if weight is None else float(weight.float().mean())
     grid = EnergyGrid(noisiest, u[0].numel() * share, u.device)
-    return grid.posterior(mean_product(u, anchor, weight), mean_square(u - anchor, weight))
+    across, away = (mean_product(*pair, weight)[:, None] for pair in ((u, anchor), (u - anchor, u - anchor)))
+    return grid.posterior(across, away)
+
+
+def mean_product(x, y, weight=None):
+    """Mean of x * y over each sample, (B,), where the weight (B, 1, ...) is 1."""
+    weight = torch.ones_like(x) if weight is None else weight.expand(x.shape)
+    return (x * y * weight).flatten(1).sum(dim=1) / weight.flatten(1).sum(dim=1)

@@ -9,14 +9,14 @@ from artifact_guard.nodes.tag.alignment import (
 )
 from artifact_guard.nodes.tag.answer import Answer
 from artifact_guard.nodes.tag.energy import EnergyEstimator
-from artifact_guard.nodes.tag.levels import LOG_SNR_RANGE, Schedule, alpha_and_variance, coefficients, log_snr
+from artifact_guard.nodes.tag.levels import LOG_SNR_RANGE, Schedule, Step, alpha_and_variance, coefficients, log_snr
 from artifact_guard.nodes.tag.network_estimator import NetworkEstimator
-from artifact_guard.nodes.tag.posterior import Posterior, mean_square
+from artifact_guard.nodes.tag.posterior import Posterior, inner
 from artifact_guard.nodes.tag.process import Process
 
 from tests.exact.denoiser import ExactDenoiser
 from tests.exact.time_posterior import log_time_posterior, time_linked_score
-from tests.unit.tag_support import CPU, KINDS, energy_posterior, images, model
+from tests.unit.tag_support import CPU, KINDS, energy_posterior, images, mean_product, model
 
 GRID = torch.linspace(-5.0, 7.0, 128)
 SIGMAS = torch.exp(-0.5 * GRID.double())
@@ -49,7 +49,7 @@ def test_closed_form_with_the_exact_posterior_is_the_exact_score(index):
     denoiser, u = ExactDenoiser(images(), 0.05), off_manifold(index, 0.2)
     gamma = log_time_posterior(denoiser, u, SIGMAS).exp().float()
     level = GRID[index].expand(len(u))
-    estimate = closed_form(u, denoised_at(denoiser, u, index), level, Posterior.of(GRID.expand(len(u), -1), gamma))
+    estimate = closed_form(u, denoised_at(denoiser, u, index), Step.at(level), Posterior.of(GRID.expand(len(u), -1), gamma))
     cosine, length = compare(estimate, time_linked_score(denoiser, u, SIGMAS, index))
     assert cosine > 0.99 and 0.9 < length < 1.1
 
@@ -60,13 +60,13 @@ def test_training_free_score_is_near_the_exact_one(index, extra):
     """Noise is added after a step: the estimate from the step before and from this one."""
     denoiser, before = ExactDenoiser(images(), 0.05), off_manifold(index - 4, 0.0)
     estimator, first = EnergyEstimator(), denoised_at(denoiser, before, index - 4)
-    estimator.after(before, GRID[index - 4].expand(4), first)
+    estimator.after(before, Step.at(GRID[index - 4].expand(4)), first)
     estimator.keep(Answer(first, first))
     (alpha, v), (alpha_after, v_after) = (alpha_and_variance(GRID[i]) for i in (index - 4, index))
     u = alpha_after * first + (v_after / v).sqrt() * (before - alpha * first)
     u = u + extra * torch.randn(u.shape, generator=torch.Generator().manual_seed(9))
-    level, denoised = GRID[index].expand(4), denoised_at(denoiser, u, index)
-    estimate = closed_form(u, denoised, level, estimator.after(u, level, denoised).posterior)
+    step, denoised = Step.at(GRID[index].expand(4)), denoised_at(denoiser, u, index)
+    estimate = closed_form(u, denoised, step, estimator.after(u, step, denoised).posterior)
     cosine, length = compare(estimate, time_linked_score(denoiser, u, SIGMAS, index))
     assert cosine > 0.95 and 0.7 < length < 1.4
 
@@ -111,12 +111,13 @@ def test_energy_posterior_has_its_mean_and_at_most_the_spread_of_chance(variance
         assert spread.item() == pytest.approx(chance, rel=0.1)
 
 
-def test_mean_square_counts_only_where_the_weight_is():
+def test_inner_product_counts_only_where_the_weight_is():
     x = torch.ones(2, 3, 4, 4)
     x[:, :, :2] = 5.0
     weight = torch.zeros(2, 1, 4, 4)
     weight[:, :, 2:] = 1.0
-    assert mean_square(x, weight).tolist() == [1.0, 1.0] and mean_square(x).tolist() == [13.0, 13.0]
+    assert inner(x, x, weight).tolist() == [24.0, 24.0] and inner(x, x).tolist() == [624.0, 624.0]
+    assert inner(torch.stack([x, 2 * x]), x, weight).tolist() == [[24.0, 24.0], [48.0, 48.0]]
 
 
 @pytest.mark.parametrize("variance, least, most", [(0.1, 0, 0), (0.25, 0, 1e-3), (0.2525, 0, 2e-3), (0.5, 0.67, 0.71)])
@@ -132,14 +133,14 @@ def test_noise_that_is_added_is_found_at_every_level(variance):
     chance alone may give a start. At a run's first step nothing was added, whatever chance made of the noise."""
     level = torch.logit(torch.tensor([1 - variance]))
     u, anchor = noise_at(variance, 3 * 64 * 64)
-    assert EnergyEstimator().after(u * 1.5, level, anchor).surplus.item() == 0.0
+    assert EnergyEstimator().after(u * 1.5, Step.at(level), anchor).surplus.item() == 0.0
 
     def found(sample):
         """At the step after, which is hardly another level."""
         estimator = EnergyEstimator()
-        estimator.after(u, level - 1e-4, anchor)
+        estimator.after(u, Step.at(level - 1e-4), anchor)
         estimator.keep(Answer(anchor, anchor))
-        return estimator.after(sample, level, anchor).surplus.item()
+        return estimator.after(sample, Step.at(level), anchor).surplus.item()
 
     for surplus in (0.3, 0.02):
         added = u + math.sqrt(surplus * variance) * torch.randn(u.shape, generator=torch.Generator().manual_seed(7))
@@ -153,7 +154,7 @@ def test_noise_that_is_added_is_found_at_every_level(variance):
 def test_a_sample_is_asked_for_as_what_it_is(variance, surplus, kept):
     """At the level returned, scaled by the factor, its signal and noise are alpha and sqrt(v) of that level."""
     level = torch.logit(torch.tensor([1 - variance]))
-    fallen, factor = level_of(level, torch.tensor([surplus]), torch.tensor([kept]))
+    fallen, factor = level_of(Step.at(level), torch.tensor([surplus]), torch.tensor([kept]))
     alpha, v = alpha_and_variance(fallen)
     noise = kept * math.sqrt(variance * math.exp(surplus))
     assert (factor * kept * math.sqrt(1 - variance)).item() == pytest.approx(alpha.item(), rel=1e-4)
@@ -162,10 +163,10 @@ def test_a_sample_is_asked_for_as_what_it_is(variance, surplus, kept):
 
 
 def test_no_level_is_noisier_than_all():
-    fallen, factor = level_of(torch.tensor([LOG_SNR_RANGE[0]]), torch.tensor([9.0]), torch.ones(1))
+    fallen, factor = level_of(Step.at(torch.tensor([LOG_SNR_RANGE[0]])), torch.tensor([9.0]), torch.ones(1))
     assert fallen.item() == LOG_SNR_RANGE[0] and factor.item() == pytest.approx(math.exp(-4.5), rel=1e-3)
     beyond = torch.tensor([LOG_SNR_RANGE[0] - 2.0])
-    assert torch.equal(level_of(beyond, torch.zeros(1), torch.ones(1))[0], beyond)
+    assert torch.equal(level_of(Step.at(beyond), torch.zeros(1), torch.ones(1))[0], beyond)
 
 
 def third_step(factor, estimate, anchor, level):
@@ -175,11 +176,11 @@ def third_step(factor, estimate, anchor, level):
     u, estimator = torch.randn(anchor.shape, generator=torch.Generator().manual_seed(6)), EnergyEstimator()
     for at, after in ((LOG_SNR_RANGE[0], -6.0), (-6.0, level)):
         at, after = torch.tensor([at]), torch.tensor([after])
-        estimator.after(u, at, estimate)
+        estimator.after(u, Step.at(at), estimate)
         estimator.keep(Answer(estimate, estimate))
         (alpha, v), (alpha_after, v_after) = alpha_and_variance(at), alpha_and_variance(after)
         u = alpha_after * estimate + (v_after / v).sqrt() * (u - alpha * estimate)
-    return estimator.after(factor * u, after, anchor), estimator.course.leeway.item()
+    return estimator.after(factor * u, Step.at(after), anchor), estimator.course.leeway.item()
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.9, 0.97])
@@ -204,10 +205,10 @@ def test_a_run_lacks_signal_at_its_second_step(factor):
     """Before the first call there was no estimate: nothing of the first one can be lost yet."""
     _, anchor = noise_at(0.1, 3 * 64 * 64)
     u, estimator = torch.randn(anchor.shape, generator=torch.Generator().manual_seed(6)), EnergyEstimator()
-    estimator.after(u, torch.tensor([LOG_SNR_RANGE[0]]), anchor)
+    estimator.after(u, Step.at(torch.tensor([LOG_SNR_RANGE[0]])), anchor)
     estimator.keep(Answer(anchor, anchor))
     sample = factor * math.sqrt(0.9) * anchor + math.sqrt(0.1) * u
-    assert estimator.after(sample, torch.tensor([math.log(9)]), anchor).kept.item() == 1.0
+    assert estimator.after(sample, Step.at(torch.tensor([math.log(9)])), anchor).kept.item() == 1.0
 
 
 def test_positions_without_weight_do_not_count():
@@ -224,31 +225,30 @@ def test_positions_without_weight_do_not_count():
 @pytest.mark.parametrize("strength", [0.01, 1.0, 200.0])
 def test_corrections_are_bounded_at_every_level(strength):
     """Whatever the time-linked score: never more than half the distance to the sample, never NaN."""
-    level = torch.tensor([LOG_SNR_RANGE[0], -2.0, 0.0, 4.0, LOG_SNR_RANGE[1]])
+    step = Step.at(torch.tensor([LOG_SNR_RANGE[0], -2.0, 0.0, 4.0, LOG_SNR_RANGE[1]]))
     shape, reach = (5, 3, 8, 8), torch.full((5,), 0.3)
     for tls in (torch.randn(shape) * 1e6, torch.full(shape, torch.inf), torch.full(shape, torch.nan), torch.zeros(shape)):
         gap = torch.linspace(0, 9, 5)
-        for correction in (relative_correction(tls, reach, strength, gap), score_correction(tls, reach, strength, level)):
-            assert correction.isfinite().all() and (mean_square(correction).sqrt() <= 0.1501).all()
-        v = alpha_and_variance(level)[1]
-        moved = shift(tls, strength, level)
-        assert moved.isfinite().all() and (mean_square(moved) <= 0.25 * v * 1.001).all()
+        for correction in (relative_correction(tls, reach, strength, gap), score_correction(tls, reach, strength, step)):
+            assert correction.isfinite().all() and (correction.flatten(1).norm(dim=1) <= 0.1501).all()
+        moved = shift(tls, strength, step)
+        assert moved.isfinite().all() and (mean_product(moved, moved) <= 0.25 * step.v * 1.001).all()
 
 
 def test_a_useless_judge_moves_nothing_it_cannot_know():
     """Logits of NaN become a flat posterior, which is wide: the gap is shrunk, and nothing is NaN."""
     u = torch.randn(2, 3, 8, 8)
-    level = torch.tensor([-3.0, 3.0])
+    step = Step.at(torch.tensor([-3.0, 3.0]))
     useless = NetworkEstimator(lambda v: torch.full((len(v), 128), torch.nan), GRID, EnergyEstimator())
-    posterior, surplus, _ = useless.before(u, level)
+    posterior, surplus, _ = useless.before(u, step)
     assert torch.allclose(posterior.gamma, torch.full_like(posterior.gamma, 1 / 128))
     assert surplus.isfinite().all()
-    assert closed_form(u, torch.zeros_like(u), level, posterior).isfinite().all()
+    assert closed_form(u, torch.zeros_like(u), step, posterior).isfinite().all()
 
 
 def test_limited_keeps_direction():
     correction = limited(torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([1.0]))
-    assert torch.allclose(correction, torch.tensor([[[[3.0, 4.0]]]]) / math.sqrt(12.5))
+    assert torch.allclose(correction, torch.tensor([[[[0.6, 0.8]]]]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,7 +258,7 @@ def test_process_reads_the_model(kind):
     schedule = Schedule.of(sampling)
     process = Process(sampling, schedule, CPU)
     sigma = torch.tensor([0.7, 0.3])
-    a, b = coefficients(sampling, sigma)
+    a, b = coefficients(sampling, sigma).unbind(1)
     assert torch.allclose(b / a, sigma / (1 - sigma) if kind == "flow" else sigma)
     x0, eps = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
     x = sampling.noise_scaling(sigma.reshape(-1, 1, 1, 1), eps, x0)
