@@ -1,7 +1,5 @@
 """Training that a user cancelled and its second start: ComfyUI keeps what a node gave, and would give the part again."""
 
-from collections import Counter
-
 PLAIN = (bool, int, float, str)
 
 
@@ -13,20 +11,22 @@ class CancelledRuns:
     """
 
     def __init__(self):
-        self.counts: Counter = Counter()
+        self.runs: list[set] = []
 
     def add(self, inputs: dict) -> None:
         """A run with these inputs of the node was cancelled."""
-        self.counts[widgets(inputs)] += 1
+        self.runs.append(widgets(inputs))
 
     def fingerprint(self, inputs: dict) -> int:
-        """What fingerprint_inputs gives; ComfyUI shows it the widgets' values alone."""
-        return self.counts[widgets(inputs)]
+        """What fingerprint_inputs gives. ComfyUI shows it the values of the node's own widgets alone: of one that a link feeds
+        there is None, and runs of any value of it count."""
+        known = widgets(inputs)
+        return sum(known <= run for run in self.runs)
 
 
-def widgets(inputs: dict) -> tuple:
+def widgets(inputs: dict) -> set:
     """Those of a node's inputs that are widgets' values, or lists of them."""
     def plain(value) -> bool:
         return isinstance(value, PLAIN) or isinstance(value, list) and all(isinstance(entry, PLAIN) for entry in value)
 
-    return tuple(sorted((name, str(value)) for name, value in inputs.items() if plain(value)))
+    return {(name, str(value)) for name, value in inputs.items() if plain(value)}

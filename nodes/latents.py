@@ -66,6 +66,12 @@ class FrameLayout:
         return comfy.utils.pack_latents(parts)[0]
 
 
+def of_one_shape(picture: tuple[int, int], latent: tuple[int, int]) -> bool:
+    """Whether a picture (height, width) has the aspect ratio of a latent, but for a part of a latent pixel."""
+    scale = max(side / of_latent for side, of_latent in zip(picture, latent))
+    return all(abs(side - scale * of_latent) <= scale for side, of_latent in zip(picture, latent))
+
+
 def mask_to_frames(mask: torch.Tensor, layout: FrameLayout, name: str, temporal_ratio: int | None = None) -> torch.Tensor:
     """A user's MASK at image size as a boolean mask of every latent frame, (B * T, H, W): more than half covered.
 
@@ -97,8 +103,7 @@ def soft_mask_to_frames(
         raise ValueError(f"{name}: a MASK of shape (count, height, width) is wanted, {tuple(mask.shape)} came.")
     if not torch.isfinite(mask).all():
         raise ValueError(f"{name}: the mask holds NaN or infinite values. Make it again; values from 0 to 1 are wanted.")
-    scale = max(mask.shape[1] / height, mask.shape[2] / width)
-    if abs(mask.shape[1] - scale * height) > scale or abs(mask.shape[2] - scale * width) > scale:
+    if not of_one_shape(tuple(mask.shape[1:]), (height, width)):
         raise ValueError(
             f"{name}: a mask of {mask.shape[2]}x{mask.shape[1]} pixels does not have the shape of the latent, which is "
             f"{width}x{height}. Make the mask at the size of the image that is sampled."

@@ -44,10 +44,15 @@ def names_of(model, sampling: FlawSampling) -> dict[str, str]:
     model is loaded, which puts its patches into the weights.
     """
     frozen = [value for value in model.model.parameters() if not value.requires_grad]
-    strengths = {key: [patch[0] for patch in patches] for key, patches in model.patches.items()}
+    patches = {
+        key: [[patch[0], getattr(patch[1], "weights", patch[1])] for patch in patches] for key, patches in model.patches.items()
+    }
+    process = model.get_model_object("model_sampling")
+    schedule = [float(process.percent_to_sigma(part)) for part in (0.0, 0.5, 1.0)]
+    kinds = [kind.__name__ for kind in type(process).__mro__]
     decoder = getattr(sampling.vae, "first_stage_model", None)
     return {
-        "model": short_name([frozen, strengths]), "positive": short_name(sampling.conditions), "negative": short_name(sampling.negative),
+        "model": short_name([frozen, patches, schedule, kinds]), "positive": short_name(sampling.conditions), "negative": short_name(sampling.negative),
         "vae": short_name([] if decoder is None else list(decoder.parameters())),
         "flaw_highlighter": short_name(list(sampling.highlighter.network.parameters())),
     }
@@ -161,7 +166,7 @@ class FlawAwareTraining:
         )
         guider = TrainGuider(model)
         guider.set_conds([entry for condition in self.data.conditions for entry in condition])
-        shown = torch.ones(settings.batch_size, *self.data.latents.shape[1:])
+        shown = torch.ones(1, *self.data.latents.shape[1:])
         before = comfy.model_management.in_training
         with ExitStack() as stack:
             stack.enter_context(checkpointed(model.model.diffusion_model, settings.gradient_checkpointing))

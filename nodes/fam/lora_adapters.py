@@ -44,9 +44,15 @@ def training_copy(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patche
     management.free_memory(1e30, model.load_device, others)
     config, current = model.model.model_config, getattr(model.model, "current_patcher", None)
     shared = {id(config): config} | ({} if current is None else {id(current): None})
-    twin = copy.deepcopy(model.model, shared)
+    twin = copy.deepcopy(model.model, shared | copies_of_quantized(model.model))
     nothing_kept = tuple(type(part)() for part in model.get_clone_model_override()[1])
     return model.clone(model_override=(twin, nothing_kept))
+
+
+def copies_of_quantized(model: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
+    """Copies of the weights that deepcopy cannot make one of, by id: quantized ones, which are classes of their own."""
+    weights = (weight for weight in model.parameters() if type(weight) not in (torch.Tensor, torch.nn.Parameter))
+    return {id(weight): torch.nn.Parameter(weight.data.clone(), requires_grad=False) for weight in weights}
 
 
 def adaptable(module: torch.nn.Module) -> bool:

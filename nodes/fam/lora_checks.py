@@ -7,8 +7,10 @@ from ..run_reports import image_part
 from .flaw_batch import FlawBatch, FlawSampling
 from .training_data import LatentData
 
-CONFINED = ("area", "mask", "control", "gligen", "hooks", "timestep_start", "timestep_end")
-"""Entries of a conditioning that belong to one picture, not to a training run."""
+CONFINED = {"area": None, "mask": None, "control": None, "gligen": None, "hooks": None, "start_percent": 0.0, "end_percent": 1.0}
+"""Entries of a conditioning that belong to one picture or a part of its steps, not to a training run, and what is none."""
+PICTURES = ("concat_latent_image", "concat_mask", "reference_latents")
+"""Entries that are pictures (an edit's reference, an inpainting model's masked image): one for all latents, or one each."""
 JUDGED = 16
 """Training images that are decoded to try the highlighter on."""
 SAME = 0.01
@@ -26,34 +28,87 @@ def normal_tensors(value):
     return value
 
 
+def check_text(name: str, conditions: list) -> None:
+    """Refuse a CONDITIONING input `name` without text, or with NaN in it."""
+    if not isinstance(conditions, list) or not conditions:
+        raise ValueError(f"{name}: no text encoder output came. Connect a CLIP Text Encode that has a text encoder and a prompt.")
+    for entry in conditions:
+        tokens = entry[0] if isinstance(entry, (list, tuple)) and len(entry) == 2 else None
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2 or tokens.numel() == 0:
+            raise ValueError(
+                f"{name}: an entry without text encoder output came. Connect a CLIP Text Encode whose clip comes from the "
+                "same checkpoint as the model."
+            )
+        pooled = entry[1].get("pooled_output")
+        if not all(torch.isfinite(part).all() for part in (tokens, pooled) if isinstance(part, torch.Tensor)):
+            raise ValueError(f"{name}: the text encoder's output holds NaN or infinite values. Run the text encoder in fp32.")
+
+
+def check_negative(negative: list, positive: list) -> list:
+    """The negative prompt for the maps' pictures.
+
+    Raises:
+        ValueError: no text in it, NaN, or the output of another text encoder than the positive's.
+    """
+    check_text("negative", negative)
+    wanted = positive[0][0].shape[-1]
+    for tokens, _ in negative:
+        if tokens.shape[-1] != wanted:
+            raise ValueError(
+                f"negative: its text encoder's output is {tokens.shape[-1]} wide and that of positive {wanted}. Encode both with the "
+                "text encoder of the model's own checkpoint."
+            )
+    return normal_tensors(negative)
+
+
+def one_each(entry: list, count: int) -> list:
+    """A prompt as an entry for every latent, where its pictures are as many as the latents; else as it is.
+
+    Raises:
+        ValueError: another number of pictures.
+    """
+    tokens, more = entry
+    pictures = {name: more[name] for name in PICTURES if more.get(name) is not None}
+    each = [part for value in pictures.values() for part in (value if isinstance(value, (list, tuple)) else [value])]
+    numbers = {len(part) for part in each} - {1}
+    if not numbers:
+        return [entry]
+    if numbers != {count}:
+        raise ValueError(
+            f"positive: {', '.join(pictures)} of {', '.join(map(str, sorted(numbers)))} pictures came for {count} latents. Give one for "
+            "all of them, or one each, in the same order."
+        )
+
+    def row(value, index: int):
+        if isinstance(value, (list, tuple)):
+            return [row(part, index) for part in value]
+        return value if len(value) == 1 else value[index : index + 1]
+
+    return [[tokens, more | {name: row(value, index) for name, value in pictures.items()}] for index in range(count)]
+
+
 def check_conditions(positive: list, count: int) -> tuple[list, torch.Tensor]:
     """The prompts as CONDITIONINGs of one entry each, and which of them belongs to each of `count` latents.
 
     Raises:
-        ValueError: no text encoder output, NaN in it, one that is confined to a region, or a number that fits not.
+        ValueError: no text encoder output, NaN in it, one that is confined to a region or to steps, or a number that fits not.
     """
-    if not isinstance(positive, list) or not positive:
-        raise ValueError("positive: no text encoder output came. Connect a CLIP Text Encode that has a text encoder and a prompt.")
+    check_text("positive", positive)
     for entry in positive:
-        tokens = entry[0] if isinstance(entry, (list, tuple)) and len(entry) == 2 else None
-        if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2 or tokens.numel() == 0:
-            raise ValueError(
-                "positive: an entry without text encoder output came. Connect a CLIP Text Encode whose clip comes from the "
-                "same checkpoint as the model."
-            )
+        tokens = entry[0]
         if tokens.shape[0] != 1:
             raise ValueError(
                 f"positive: an entry with {tokens.shape[0]} prompts in one batch came. Give each prompt as an entry of its own "
                 "(Conditioning (Combine) puts them together)."
             )
-        if not torch.isfinite(tokens).all():
-            raise ValueError("positive: the text encoder's output holds NaN or infinite values. Run the text encoder in fp32.")
-        confined = [name for name in CONFINED if entry[1].get(name) is not None]
+        confined = [name for name, none in CONFINED.items() if entry[1].get(name) is not None and entry[1][name] != none]
         if confined:
             raise ValueError(
                 f"positive: a prompt is confined by {', '.join(confined)}. Training takes plain prompts, one for all latents "
                 "or one each."
             )
+    if len(positive) == 1 and count > 1:
+        positive = one_each(positive[0], count)
     if len(positive) not in (1, count):
         raise ValueError(
             f"positive: {len(positive)} prompts came for {count} latents. Give one for all of them, or one each, in the "
@@ -88,7 +143,9 @@ def check_latents(model, latents: dict) -> torch.Tensor:
 
 
 def check_vae(model, vae) -> None:
-    """Refuse a VAE of another latent format, as far as its channels tell."""
+    """Refuse no VAE, or one of another latent format, as far as its channels tell."""
+    if vae is None:
+        raise ValueError("vae: none came: this checkpoint holds none. Connect the model's own VAE (Load VAE).")
     wanted, has = model.get_model_object("latent_format").latent_channels, getattr(vae, "latent_channels", None)
     if has is not None and has != wanted:
         raise ValueError(

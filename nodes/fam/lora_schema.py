@@ -13,7 +13,7 @@ from .flaw_aware import FlawAwareTraining, works_on_pixels
 from .flaw_batch import FlawSampling
 from .highlighter_schema import CATEGORY, FlawHighlighterType
 from .lora_adapters import LoRAWeights, training_copy
-from .lora_checks import check_highlighter, check_vae, normal_tensors, training_data
+from .lora_checks import check_highlighter, check_negative, check_vae, training_data
 from .lora_pictures import draw_curves
 from .lora_session import Session, measure_cost, memory_in_use, tell
 from .lora_settings import DTYPES, FlawAwareSettings
@@ -55,7 +55,9 @@ class FAMTrainLoRA(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="Its VAE: the highlighter judges decoded images."),
                 FlawHighlighterType.Input("flaw_highlighter", tooltip="Trained on real images like yours against images "
                                           "that this model made. Look at its maps (Flaw Map) first."),
-                io.Latent.Input("latents", tooltip="The training images, encoded by the model's own VAE, all of one size."),
+                io.Latent.Input("latents", tooltip="The training images, encoded by the model's own VAE, all of one size, "
+                               "in one batch. Of a list ComfyUI starts a whole training for every entry: Rebatch Latents makes a "
+                               "batch of it."),
                 io.Conditioning.Input("positive", tooltip="One prompt for all images, or one each in the same order "
                                       "(core's Conditioning (Combine))."),
                 io.Int.Input("steps", default=defaults.steps, min=1, max=1000000, tooltip="Training steps of the whole run, "
@@ -130,7 +132,7 @@ class FAMTrainLoRA(io.ComfyNode):
             check_vae(model, vae)
             earlier = None if resume in (None, NEW_RUN) else read_run(resume, rank)
             sampling = FlawSampling(
-                vae, flaw_highlighter, data.conditions, normal_tensors(negative) if negative else zeroed(data.conditions),
+                vae, flaw_highlighter, data.conditions, zeroed(data.conditions) if negative is None else check_negative(negative, positive),
                 tuple(samples.shape[1:]), **given(images=map_images, steps=map_steps, cfg=map_cfg),
             )
             every = SAVE_EVERY if save_every is None else save_every

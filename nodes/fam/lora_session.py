@@ -15,6 +15,7 @@ from .flaw_batch import FlawBatch
 from .lora_pictures import preview
 from .lora_settings import DTYPES, step_seed
 from .lora_state import RunFile
+from .train_steps import UnlikePrompts
 
 PREVIEW_SECONDS = 2.0
 GIGABYTE = 1024**3
@@ -92,7 +93,7 @@ def measure_cost(training: FlawAwareTraining) -> Cost:
         training.trial()
         seconds = time.perf_counter() - start
     except Exception as error:
-        if isinstance(error, comfy.model_management.InterruptProcessingException):
+        if isinstance(error, (comfy.model_management.InterruptProcessingException, UnlikePrompts)):
             raise
         if out_of_memory(error):
             raise ValueError(
@@ -126,14 +127,19 @@ class Session:
         """Sample and judge a batch of the model as it is; the seconds it took.
 
         Raises:
-            ValueError: there is not enough memory for it.
+            ValueError: there is not enough memory for it, or it cannot be done with these inputs.
         """
         start = time.perf_counter()
         try:
             self.first = self.latest = self.training.sample(step_seed(self.training.settings.seed, -1))
         except Exception as error:
-            if not out_of_memory(error):
+            if isinstance(error, comfy.model_management.InterruptProcessingException):
                 raise
+            if not out_of_memory(error):
+                raise ValueError(
+                    f"The pictures for a flaw map could not be made ({type(error).__name__}: {error}). They are sampled with positive and "
+                    "negative and decoded by vae: is each of them the model's own, and is the highlighter a sound one?"
+                ) from error
             raise ValueError(
                 f"There is not enough memory to sample and decode {self.training.sampling.images} images for a flaw map ({error}). "
                 "Lower map_images, or train on smaller images."

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import torch
 
+from ..latents import of_one_shape
 from ..model_files import file_names, load_model_file, register_folder, save_model_file, write_model_file
 from .flaw_aware import FlawAwareTraining, Progress
 
@@ -99,7 +100,8 @@ def restore(training: FlawAwareTraining, tensors: dict[str, torch.Tensor], setti
     longer.
 
     Raises:
-        ValueError: the file is of a LoRA on another model, or its run was as long as the node asks already.
+        ValueError: the file is of a LoRA on another model or of pictures of another shape, or its run was as long as the node
+            asks already.
     """
     names = {key.removeprefix("weights.") for key in tensors if key.startswith("weights.")}
     fits = names == set(training.parameters) and all(
@@ -111,6 +113,12 @@ def restore(training: FlawAwareTraining, tensors: dict[str, torch.Tensor], setti
         raise ValueError(
             f"resume: the run in {name} has done {settings['step']} steps and the node asks for {training.settings.steps} in "
             "all. Raise steps to go on with it."
+        )
+    flaw_map, (height, width) = tensors.get("flaw_map"), training.sampling.shape[-2:]
+    if flaw_map is not None and not of_one_shape(tuple(flaw_map.shape[-2:]), (height, width)):
+        raise ValueError(
+            f"resume: the run in {name} is of pictures of another shape: its flaw map has {flaw_map.shape[-1]}x{flaw_map.shape[-2]} "
+            f"pixels, the latents {width}x{height}. Connect the latents it was begun with, or begin a new run."
         )
     training.keep_phase_border(settings["base_steps"])
     for key, parameter in training.parameters.items():

@@ -28,24 +28,34 @@ def prediction_loss(sampling, sigma: torch.Tensor, denoised: torch.Tensor, x0: t
     return (error / output_factor(sampling, sigma).square()).mean()
 
 
+class UnlikePrompts(ValueError):
+    """The prompts of different images cannot be in one batch."""
+
+
+def check_alike(conditions: list[dict]) -> None:
+    """Raises:
+        UnlikePrompts: processed conditionings that cannot be in one batch, such as ones of different lengths.
+    """
+    for name, value in conditions[0]["model_conds"].items():
+        others = [condition["model_conds"].get(name) for condition in conditions[1:]]
+        if any(other is None or not value.can_concat(other) for other in others):
+            raise UnlikePrompts(
+                f"positive: the prompts of different images do not fit into one batch (their {name} differ in shape). "
+                "Set batch_size to 1."
+            )
+
+
 def merge_conditions(conditions: list[dict]) -> dict:
     """The processed conditionings of a batch as one, each row with its own.
 
     Core's training node runs every prompt of a batch on all of its latents and averages; this does not.
-
-    Raises:
-        ValueError: prompts that cannot be in one batch, such as ones of different lengths.
     """
+    check_alike(conditions)
     first, *rest = conditions
-    merged = {}
-    for name, value in first["model_conds"].items():
-        others = [condition["model_conds"].get(name) for condition in rest]
-        if any(other is None or not value.can_concat(other) for other in others):
-            raise ValueError(
-                f"positive: the prompts of different images do not fit into one batch (their {name} differ in shape). "
-                "Set batch_size to 1."
-            )
-        merged[name] = type(value)(value.concat(others)) if others else value
+    merged = {
+        name: type(value)(value.concat([condition["model_conds"][name] for condition in rest])) if rest else value
+        for name, value in first["model_conds"].items()
+    }
     return first | {"model_conds": merged}
 
 
@@ -68,8 +78,11 @@ class TrainSteps(comfy.samplers.Sampler):
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
-        """Train on steps first..end; what a guider calls."""
+        """Train on steps first..end; what a guider calls, with the noise of a single latent: the pictures that belong to a prompt then
+        have one row each, as its text has."""
         conditions = model_wrap.conds["positive"]
+        if self.batch_size > 1:
+            check_alike(conditions)
         for step in range(self.first, self.end):
             draw = self.data.draw(self.batch_size, self.seed_of(step))
             model_wrap.conds["positive"] = [self.conditions_of(conditions, draw)]
