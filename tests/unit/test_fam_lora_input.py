@@ -7,9 +7,18 @@ import pytest
 import torch
 from artifact_guard.nodes.fam.lora_checks import normal_tensors, spoilt
 
+from nodes import ConditioningSetTimestepRange
+
 from tests.small_models import small_model
 from tests.unit.fam_lora_support import RoughPlaces, SameForAll, ToyVAE, rough_highlighter, smooth_latents
 from tests.unit.test_fam_lora_models import train
+
+
+class Broken(ToyVAE):
+    """Of another architecture."""
+
+    def decode(self, samples):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +37,16 @@ def small():
         ({"positive": [[torch.zeros(1, 6, 24), {"area": (8, 8, 0, 0)}]]}, "positive: .* confined by area"),
         ({"positive": [[torch.zeros(1, 6, 24), {}]] * 4}, "positive: 4 prompts came for 6 latents"),
         ({"positive": [[torch.zeros(1, 6, 77), {}]]}, "could not take a training step .* text encoder of another model"),
+        ({"positive": [[torch.zeros(1, 6, 24), {"pooled_output": torch.full((1, 8), torch.nan)}]]}, "positive: .* NaN"),
+        ({"positive": ConditioningSetTimestepRange().set_range([[torch.zeros(1, 6, 24), {}]], 0.0, 0.5)[0]}, "confined by end_percent"),
+        ({"positive": [[torch.zeros(1, 6 + (n == 4), 24), {}] for n in range(6)]}, "^positive: .* do not fit .* Set batch_size to 1"),
+        ({"positive": [[torch.zeros(1, 6, 24), {"reference_latents": [torch.zeros(4, 4, 16, 16)]}]]},
+         "reference_latents of 4 pictures came for 6 latents"),
+        ({"negative": []}, "negative: no text encoder output"),
+        ({"negative": [[torch.zeros(1, 6, 99), {}]]}, "negative: .* is 99 wide and that of positive 24"),
+        ({"negative": [[torch.full((1, 6, 24), torch.inf), {}]]}, "negative: .* NaN or infinite"),
+        ({"vae": None}, "vae: none came"),
+        ({"vae": Broken(4)}, "pictures for a flaw map could not be made .* decoded by vae"),
         ({"latents": {"samples": torch.zeros(2, 16, 8, 8)}}, "16 channels and this model works on 4"),
         ({"latents": {"samples": torch.zeros(2, 4, 3, 8, 8)}}, "latents: they have 3 axes"),
         ({"latents": {"samples": torch.zeros(0, 4, 8, 8)}}, "latents: an empty batch"),
@@ -47,6 +66,12 @@ def small():
 def test_refused_in_words(small, change, words):
     with pytest.raises(ValueError, match=words):
         train(small, **change)
+
+
+def test_prompt_over_the_whole_run_and_prompts_of_unlike_lengths_one_by_one_are_taken(small):
+    (whole,) = ConditioningSetTimestepRange().set_range(small.conditioning(1), 0.0, 1.0)
+    assert train(small, positive=whole, steps=1)[0]
+    assert train(small, positive=[[torch.zeros(1, 6 + (n == 4), 24), {}] for n in range(6)], batch_size=1, steps=1)[0]
 
 
 class Mild(RoughPlaces):

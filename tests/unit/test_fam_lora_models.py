@@ -1,11 +1,15 @@
 """The trained LoRA on real architectures at reduced width: core's own loader takes it, and it does what was trained."""
 
+import copy
+
 import comfy.lora
 import comfy.sd
 import pytest
 import torch
 from artifact_guard.nodes.fam.flaw_batch import FlawSampling
+from artifact_guard.nodes.fam.lora_adapters import copies_of_quantized
 from artifact_guard.nodes.fam.lora_schema import FAMTrainLoRA
+from artifact_guard.nodes.fam.training_data import LatentData
 from comfy_extras.nodes_train import LoraModelLoader
 
 from tests.small_models import sample, small_model
@@ -123,3 +127,46 @@ def test_a_model_whose_attention_cannot_be_reached_trains_without_that_part(monk
         train(small)
     lora, _, _ = train(small, attention_strength=0.0)
     assert lora
+
+
+@pytest.mark.parametrize("prompts", ["one for all", "one each"])
+def test_every_latent_is_trained_with_its_own_reference_picture(prompts, monkeypatch):
+    """An editing model; core's ReferenceLatent gives one prompt the pictures of the whole batch."""
+    from comfy_extras.nodes_edit_model import ReferenceLatent
+
+    small, seen = small_model("flux"), []
+    latents = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 16, 16, 16)
+    given = [latents] if prompts == "one for all" else list(latents.split(1))
+    positive = [ReferenceLatent.execute(small.conditioning(1), {"samples": part}).args[0][0] for part in given]
+    network, draw = type(small.model.model.diffusion_model), LatentData.draw
+    forward = network.forward
+
+    def noted(self, x, *args, **more):
+        if torch.is_grad_enabled():
+            seen[-1].append(more["ref_latents"][0].mean(dim=(1, 2, 3)))
+        return forward(self, x, *args, **more)
+
+    def drawn(self, *args):
+        seen.append([self.latents[draw(self, *args).indices].mean(dim=(1, 2, 3))])
+        return draw(self, *args)
+
+    monkeypatch.setattr(network, "forward", noted)
+    monkeypatch.setattr(LatentData, "draw", drawn)
+    train(small, positive=positive, latents={"samples": latents}, steps=4, base_fraction=1.0, map_steps=1, gradient_checkpointing=False)
+    assert len(seen) >= 4 and len({tuple(clean.tolist()) for clean, _ in seen}) > 2
+    assert all(torch.allclose(clean, shown) for clean, shown in seen)
+
+
+def test_quantized_weights_are_copied():
+    """ComfyUI's own float8 checkpoints, where models are loaded whole."""
+    quant_ops = pytest.importorskip("comfy.quant_ops")
+    layer = torch.nn.Linear(32, 32)
+    try:
+        weight = quant_ops.QuantizedTensor.from_float(layer.weight.detach(), "TensorCoreFP8E4M3Layout", scale="recalculate")
+    except (AttributeError, KeyError, TypeError) as error:
+        pytest.skip(f"this ComfyUI makes quantized tensors another way: {error}")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    copies = copies_of_quantized(layer)
+    twin = copy.deepcopy(layer, dict(copies))
+    assert list(copies) == [id(layer.weight)] and twin.weight is not layer.weight
+    assert torch.equal(twin.weight.dequantize(), layer.weight.dequantize())

@@ -11,11 +11,14 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from artifact_guard.nodes.cancelled import CancelledRuns
 from artifact_guard.nodes.fam import lora_schema, lora_session, train_steps
 from artifact_guard.nodes.fam.flaw_aware import FlawAwareTraining, names_of
 from artifact_guard.nodes.fam.lora_adapters import training_copy
 from artifact_guard.nodes.fam.lora_state import FOLDER, NEW_RUN, changes, describe, read_run, run_names
 from artifact_guard.nodes.model_files import KIND_KEY, save_model_file
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+from comfy_extras.nodes_train import LoraModelLoader
 from safetensors import safe_open
 
 from tests.small_models import small_model
@@ -365,3 +368,33 @@ def test_processors_without_bfloat16_calculate_in_float32(small, files, monkeypa
     training, _ = start(small, setting)
     assert ("no arithmetic for bf16" in lora_session.measure_cost(training).words(training)) == emulated
     assert "no arithmetic" not in lora_session.Cost.precision(start(small, settings(training_dtype="fp32"))[0])
+
+
+def test_resuming_tells_another_lora_and_another_schedule(small, files, caplog):
+    """On the model input, each as strong as the other."""
+    loras = [train(small, steps=1, seed=seed, base_fraction=1.0, learning_rate=0.1)[0] for seed in (1, 2)]
+    with torch.inference_mode():
+        one, other = (LoraModelLoader.execute(small.model, lora, 1.0).args[0] for lora in loras)
+    train(small, one, steps=1)
+    name = files()[-1]
+    other_schedule = ModelSamplingDiscrete().patch(one, "v_prediction", False)[0]
+    for model, told in ((one, False), (other, True), (other_schedule, True)):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            train(small, model, steps=2, resume=name)
+        assert ("this was changed: model" in caplog.text) == told
+
+
+def test_resuming_with_pictures_of_another_shape_is_refused(small, files):
+    train(small, steps=3)
+    with pytest.raises(ValueError, match="pictures of another shape: its flaw map has .* the latents 24x12"):
+        train(small, steps=4, resume=files()[-1], latents={"samples": torch.zeros(6, 4, 12, 24)})
+
+
+def test_a_cancelled_run_is_another_one_to_the_cache_whatever_a_link_feeds():
+    """ComfyUI shows the values of widgets alone; of one that a link feeds None."""
+    runs = CancelledRuns()
+    runs.add({"steps": 50, "seed": 3, "resume": None, "model": object()})
+    assert [runs.fingerprint(given) for given in (
+        {"steps": 50, "seed": 3}, {"steps": None, "seed": 3, "model": None}, {"steps": [None], "seed": 4}, {"steps": 49, "seed": 3})
+    ] == [1, 1, 0, 0]
