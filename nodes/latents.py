@@ -47,10 +47,21 @@ class FrameLayout:
         """(height, width) in latent pixels."""
         return self.shape[-2], self.shape[-1]
 
+    def image(self, x: torch.Tensor) -> torch.Tensor:
+        """The part of a sampler's tensor that is seen: (B, C, H, W) or (B, C, T, H, W)."""
+        return x if len(self.shapes) == 1 else comfy.utils.unpack_latents(x, list(self.shapes))[self.part]
+
+    def with_image(self, x: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """The sampler's tensor `x` with that part replaced."""
+        if len(self.shapes) == 1:
+            return image
+        parts = list(comfy.utils.unpack_latents(x, list(self.shapes)))
+        parts[self.part] = image
+        return comfy.utils.pack_latents(parts)[0]
+
     def frames(self, x: torch.Tensor) -> torch.Tensor:
         """The frames of a sampler's tensor: (B * T, C, H, W), the frames of one sample one after the other."""
-        if len(self.shapes) > 1:
-            x = comfy.utils.unpack_latents(x, list(self.shapes))[self.part]
+        x = self.image(x)
         if x.ndim == 5:
             x = x.movedim(2, 1).flatten(0, 1)
         return x
@@ -59,11 +70,7 @@ class FrameLayout:
         """The sampler's tensor `x` with its frames (B * T, C, H, W) replaced."""
         if len(self.shape) == 5:
             frames = frames.unflatten(0, (self.batch, self.frames_per_sample)).movedim(1, 2)
-        if len(self.shapes) == 1:
-            return frames.contiguous()
-        parts = list(comfy.utils.unpack_latents(x, list(self.shapes)))
-        parts[self.part] = frames.contiguous()
-        return comfy.utils.pack_latents(parts)[0]
+        return self.with_image(x, frames.contiguous())
 
 
 def of_one_shape(picture: tuple[int, int], latent: tuple[int, int]) -> bool:

@@ -5,6 +5,8 @@ works with every sampler and guider. State is made when a run begins and dies wi
 """
 
 import functools
+import logging
+from dataclasses import replace
 
 import torch
 
@@ -31,6 +33,8 @@ PAINTED = 0.999
 """Of an inpainting mask, from where on a place is wholly painted."""
 
 
+SECOND = ("another Temporal Alignment Guidance on the same model corrects this run: two would correct twice. This one only measures, and "
+          "sees the samples as the other one asks the model for them")
 UNPAINTED = "the noise mask paints nothing wholly, and of what is painted in part, or from some step on, the noise cannot be told"
 
 
@@ -64,7 +68,13 @@ class GuidancePatch:
         shapes = kwargs.get("latent_shapes") or [latent_image.shape]
         layout = FrameLayout.of(shapes)
         check_latent(latent_image, guider.model_patcher.model.latent_format, nested=len(shapes) > 1)
-        record = RunRecord(self.settings, layout)
+        transformer_options = guider.model_options.setdefault("transformer_options", {})
+        settings, second = self.settings, corrects(transformer_options) and self.settings.strength > 0
+        if second:
+            settings = replace(settings, strength=0.0)
+            logging.warning("Artifact Guard: %s.", SECOND)
+        record = RunRecord(settings, layout)
+        record.notes += [f"{SECOND[0].upper()}{SECOND[1:]}."] * second
         arguments = (noise, latent_image, sampler, sigmas, denoise_mask, *args)
         reason = unguided_reason(layout, guider.model_patcher.get_model_object("model_sampling"))
         if reason is None and denoise_mask is not None:
@@ -75,8 +85,7 @@ class GuidancePatch:
             record.refuse(reason)
             output = executor(*arguments, **kwargs)
         else:
-            run = GuidedRun(self.settings, self.predictor, record, guider, denoise_mask)
-            transformer_options = guider.model_options.setdefault("transformer_options", {})
+            run = GuidedRun(settings, self.predictor, record, guider, denoise_mask)
             wrapper = functools.partial(GuidedRun.predict_noise, run)
             add_wrapper_with_key(WrappersMP.PREDICT_NOISE, WRAPPER_KEY, wrapper, transformer_options)
             try:
@@ -85,6 +94,12 @@ class GuidancePatch:
                 transformer_options["wrappers"][WrappersMP.PREDICT_NOISE][WRAPPER_KEY].remove(wrapper)
         self.report.add(record, output)
         return output
+
+
+def corrects(transformer_options: dict) -> bool:
+    """Whether a guidance that corrects is at work in this run already."""
+    wrappers = transformer_options.get("wrappers", {}).get(WrappersMP.PREDICT_NOISE, {}).get(WRAPPER_KEY, [])
+    return any(wrapper.args[0].settings.strength > 0 for wrapper in wrappers)
 
 
 def unguided_reason(layout: FrameLayout | None, model_sampling) -> str | None:
@@ -110,36 +125,44 @@ class GuidedRun:
         self.process = Process(model_sampling, record.schedule, device)
         limits = (model_sampling.percent_to_sigma(p) for p in (settings.start_percent, settings.end_percent))
         self.sigma_start, self.sigma_end = (float(limit) for limit in limits)
-        weight = None
+        image, weight, painted = FrameLayout.of([self.layout.shape]), None, None
         if denoise_mask is not None:
+            if len(self.layout.shapes) > 1:
+                denoise_mask = self.layout.image(denoise_mask)
             # Where a mask is soft the sampler goes on with a mixture of the estimate and the latent, not with the estimate.
             weight = (denoise_mask.to(device) >= PAINTED).float()
+            painted = image.frames(weight.expand(self.layout.shape)).flatten(1).amax(dim=1)
         energy = EnergyEstimator(weight, float(record.schedule.log_snr.min()))
         if predictor is None:
             self.steering = Steering(settings, energy)
         else:
-            judge = Judge(predictor, device, self.layout, guider)
+            judge = Judge(predictor, device, image, guider, painted)
             self.steering = Steering(settings, NetworkEstimator(judge, judge.levels, energy), judge.gradient)
-        # The parts of a nested latent share one sigma, and only the image part is measured: it stays the step's.
+        # The parts of a nested latent share one sigma, and only the image part is seen: it stays the step's.
         self.steering.may_ask_elsewhere = len(self.layout.shapes) == 1
 
     def predict_noise(self, executor, x, timestep, model_options={}, seed=None):
         """Wrapper around one prediction: same arguments, same kind of result, the clean estimate (B, ...)."""
         sigma = timestep.reshape(-1).float().expand(len(x))
         level, scale = self.process.level_and_scale(sigma)
-        u = self.process.vp(x, scale)
+        image, whole = self.layout.image(x), None
+        u = self.process.vp(image, scale)
 
         def ask(u_asked: torch.Tensor, level_asked: torch.Tensor) -> Answer:
+            nonlocal whole
             if level_asked is level:
-                asked, moved = timestep, x if u_asked is u else u_asked * column(scale, u_asked)
+                asked, moved = timestep, image if u_asked is u else u_asked * column(scale, u_asked)
             else:
                 asked = self.process.noisier(sigma, level, level_asked)
                 moved = u_asked * column(self.process.scale(asked), u_asked)
-            return self._answer(executor, moved.to(x.dtype), asked.to(timestep.dtype), model_options, seed)
+            moved = x if moved is image else self.layout.with_image(x, moved.to(x.dtype))
+            answer = self._answer(executor, moved, asked.to(timestep.dtype), model_options, seed)
+            whole = answer.denoised
+            return answer._replace(denoised=self.layout.image(whole), anchor=self.layout.image(answer.anchor))
 
-        denoised, posterior = self.steering.estimate(ask, x, u, level, self._within(timestep))
+        denoised, posterior = self.steering.estimate(ask, image, u, level, self._within(timestep))
         self.record.add_step(level, posterior)
-        return denoised
+        return self.layout.with_image(whole, denoised)
 
     def _answer(self, executor, x, timestep, model_options, seed) -> Answer:
         """The guider's prediction and, if it uses classifier-free guidance, the conditional prediction that went into it."""

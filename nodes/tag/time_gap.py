@@ -13,6 +13,9 @@ from .posterior import Posterior
 from .settings import TagSettings
 
 
+NO_STEPS = "the run had no steps: its schedule ends where it begins"
+
+
 class RunRecord:
     """What was measured in one run. Times are thousandths of the model's schedule, 0 clean and 1000 pure noise.
 
@@ -46,7 +49,9 @@ class RunRecord:
         self.fingerprint = fingerprint(frames)
         if not torch.isfinite(frames).all():
             self.notes.append("The run's own result holds NaN or infinite values: its time gaps say nothing.")
-        if self.steps:
+        if not self.steps:
+            self.reason = self.reason or NO_STEPS
+        else:
             steps, samples = (torch.stack(values).cpu() for values in zip(*self.steps))
             self.times, self.estimates = self.schedule.time(steps), self.schedule.time(samples)
             self.steps = []

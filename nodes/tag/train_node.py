@@ -63,6 +63,8 @@ def training_data(model, latents: list[dict], conditioning: list | None) -> Trai
         ValueError: too few latents, NaN in them, latents of another model or of several sizes, or conditions that do not
             fit them.
     """
+    if not latents:
+        raise ValueError("latents: an empty list came. Clean latents of images are wanted.")
     parts, lengths = zip(*(clean_frames(model, latent) for latent in latents))
     if len({part.shape[1:] for part in parts}) > 1:
         one, other = sorted({f"{part.shape[-1]}x{part.shape[-2]}" for part in parts})[:2]

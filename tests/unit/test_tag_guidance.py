@@ -4,7 +4,9 @@ import copy
 import json
 
 import comfy.model_sampling
+import comfy.sample
 import comfy.samplers
+import comfy.utils
 import nodes as core_nodes
 import pytest
 import torch
@@ -17,7 +19,9 @@ from artifact_guard.nodes.tag.guidance import WRAPPER_KEY
 from artifact_guard.nodes.tag.judge import Judge
 from artifact_guard.nodes.tag.predictor_files import load_predictor
 from artifact_guard.nodes.tag.schema import TAGTimeGap
+from comfy.nested_tensor import NestedTensor
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_custom_sampler import BasicGuider, RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_model_advanced import RescaleCFG
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
@@ -485,3 +489,98 @@ def test_stacks_with_cores_guidance_on_a_network():
         for patched in (guide(patch(bare))[0], patch(guide(bare)[0])):
             output = run(patched, **options)
             assert output.isfinite().all() and not torch.equal(output, plain)
+
+
+def noisy_part(noise, first):
+    """Euler's sampler for flow; after every step but the last, noise is added to the values of a pack from `first` on."""
+
+    def sample(model_k, x, sigmas, extra_args=None, callback=None, disable=None):
+        random = torch.Generator().manual_seed(7)
+        for sigma, after in zip(sigmas, sigmas[1:]):
+            denoised = model_k(x, sigma * x.new_ones(len(x)), **extra_args)
+            x = denoised + (after / sigma) * (x - denoised)
+            drawn = torch.randn(x.shape, generator=random)
+            x[..., first:] += noise * float(after > 0) * ((1 - after).square() + after.square()).sqrt() * drawn[..., first:]
+        return x
+
+    return comfy.samplers.KSAMPLER(sample)
+
+
+@pytest.mark.parametrize("where", ["audio", "both"])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("mode", ["relative", "shift"])
+def test_of_video_with_audio_only_the_picture_is_seen(where, trained, mode):
+    """Noise on the audio alone changes nothing that is measured, and the audio is what the model makes of it."""
+    pictures, sound = images(), 0.7 * torch.randn(12, 4, 64, generator=torch.Generator().manual_seed(0))
+    data, _ = comfy.utils.pack_latents([pictures, sound])
+    bare, predictor = exact_model(data, "flow"), fresh_predictor(model("flow")) if trained else None
+    bare.model.latent_format = model("flow").model.latent_format
+    sigmas = comfy.samplers.calculate_sigmas(bare.get_model_object("model_sampling"), "simple", 10)
+    first = 0 if where == "both" else pictures[0].numel()
+
+    def sampled(patcher, noise):
+        nested = NestedTensor([torch.zeros(2, 3, SIZE, SIZE), torch.zeros(2, 4, 64)])
+        guider = BasicGuider.execute(patcher, conditioning())[0]
+        with torch.inference_mode():
+            output = SamplerCustomAdvanced.execute(RandomNoise.execute(3)[0], guider, noisy_part(noise, first), sigmas, {"samples": nested})
+        return list(output[0]["samples"].unbind())
+
+    measured, calm = guide(bare, predictor, strength=0.0)
+    sampled(measured, 0.0)
+    shaken, report = guide(bare, predictor, strength=0.0)
+    plain = sampled(shaken, 0.3)
+    guided = sampled(guide(bare, predictor, mode=mode, strength=1.0)[0], 0.3)
+    assert all(torch.equal(one, other) for one, other in zip(plain, sampled(bare, 0.3)))
+    if where == "audio" and not trained:
+        assert abs(report.runs[-1].time_gap() - calm.runs[-1].time_gap()) < 5
+    if where == "both":
+        assert (guided[0] - plain[0]).abs().max() > 1e-3, "the picture is corrected"
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_predictor_judges_painted_frames_alone(kept, monkeypatch):
+    """Image to video as LTX-Video and Wan 2.2 do it: kept frames reach the model clean."""
+    pictures = images()
+    video = torch.stack([pictures, pictures.flip(-1), pictures.flip(-2), pictures.flip(-1).flip(-2)], dim=2)
+    bare = exact_model(video, "flow")
+    bare.model.scale_latent_inpaint = lambda sigma, noise, latent_image, **more: latent_image
+    predictor, mask = fresh_predictor(bare), torch.ones(1, 1, 4, SIZE, SIZE)
+    mask[:, :, :kept] = 0
+    with torch.no_grad():
+        for weight in predictor.network.parameters():  # a fresh one says the same of every frame
+            weight.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(0))
+    seen, real = [], Judge.logits
+
+    def logits(self, u, condition):
+        alone = self.network(self.layout.frames(u)[kept:], condition).mean(dim=0)
+        seen.append((real(self, u, condition)[0], alone))
+        return seen[-1][0][None]
+
+    monkeypatch.setattr(Judge, "logits", logits)
+    run(guide(bare, predictor, strength=0.0)[0], shape=(1, 3, 4, SIZE, SIZE), latent=video[:1], noise_mask=mask)
+    assert len(seen) == 8 and all(torch.allclose(one, other, atol=1e-4) for one, other in seen)
+
+
+def test_second_guidance_only_measures_and_says_so():
+    bare = model("flow")
+    once, first = guide(bare)
+    twice, second = guide(once)
+    assert torch.equal(run(once, noise=0.3), run(twice, noise=0.3))
+    summaries = [report.runs[-1].summary() for report in (first, second)]
+    assert [summary["status"] for summary in summaries] == ["guided", "measured only"]
+    assert "another Temporal Alignment Guidance" not in str(summaries[0]) and "Another Temporal" in summaries[1]["notes"][0]
+    measuring, report = guide(once, strength=0.0)
+    run(measuring)
+    assert report.runs[-1].summary()["notes"] == []
+
+
+def test_run_without_steps_is_not_measured():
+    """SplitSigmas at the last step leaves one sigma."""
+    guided, report = guide(model())
+    guider = BasicGuider.execute(guided, conditioning())[0]
+    with torch.inference_mode():
+        SamplerCustomAdvanced.execute(
+            RandomNoise.execute(3)[0], guider, comfy.samplers.sampler_object("euler"), torch.zeros(1), {"samples": images()[:1]}
+        )
+    summary = report.runs[-1].summary()
+    assert summary["status"] == "not measured" and "no steps" in summary["reason"]
