@@ -56,8 +56,8 @@ class FAMTrainLoRA(io.ComfyNode):
                 FlawHighlighterType.Input("flaw_highlighter", tooltip="Trained on real images like yours against images "
                                           "that this model made. Look at its maps (Flaw Map) first."),
                 io.Latent.Input("latents", tooltip="The training images, encoded by the model's own VAE, all of one size, "
-                               "in one batch. Of a list ComfyUI starts a whole training for every entry: Rebatch Latents makes a "
-                               "batch of it."),
+                               "in one batch. ComfyUI starts a whole training for every entry of a list: make a batch of it (Rebatch "
+                               "Latents)."),
                 io.Conditioning.Input("positive", tooltip="One prompt for all images, or one each in the same order "
                                       "(core's Conditioning (Combine))."),
                 io.Int.Input("steps", default=defaults.steps, min=1, max=1000000, tooltip="Training steps of the whole run, "
