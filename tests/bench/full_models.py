@@ -75,7 +75,7 @@ def build(config_class, sizes: dict, dtype: torch.dtype) -> comfy.model_patcher.
 def narrow_sd15() -> FullModel:
     """SD 1.5 as deep as it is and a tenth as wide: on small pictures its time is that of starting operations."""
     sizes = SD15 | {"model_channels": 32, "context_dim": 64}
-    return FullModel("SD 1.5, narrow", build(supported.SD15, sizes, torch.float32), 4, 77, 64, None, ((8, 8),), 15)
+    return FullModel("SD 1.5, narrow", build(supported.SD15, sizes, torch.float32), 4, 77, 64, None, ((16, 16),), 15)
 
 
 def full_models():

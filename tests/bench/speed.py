@@ -17,7 +17,7 @@ from .timing import in_turns, on_gpu, peak_bytes
 
 STEPS = 25
 CPU_STEPS, CPU_REPEATS, CPU_BATCH = 20, 31, 4
-NARROW_REPEATS, NARROW_SIDE = 15, 8
+NARROW_REPEATS, NARROW_SIDE = 15, 16
 BLIND, EAGER = 0.01, 10.0
 """Sensitivities of the guard: at the first nothing is ever found."""
 
