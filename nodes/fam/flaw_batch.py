@@ -12,6 +12,9 @@ from .refine import decode
 
 SAMPLER, SCHEDULER = "euler", "simple"
 
+PICTURES = ("concat_latent_image", "concat_mask", "reference_latents")
+"""Entries of a conditioning that are pictures (an edit's reference, an inpainting model's masked image), one for each latent."""
+
 
 @dataclass
 class FlawBatch:
@@ -25,6 +28,12 @@ class FlawBatch:
     def mean_map(self) -> torch.Tensor:
         """mFAM, the mean over the batch, (1, H, W) in 0..1."""
         return self.maps.mean(dim=0, keepdim=True)
+
+
+def with_pictures(negative: list, condition: list) -> list:
+    """The negative prompt beside the pictures of a condition: of an edit or an inpainting, both are told the same ones."""
+    pictures = {name: condition[0][1][name] for name in PICTURES if condition[0][1].get(name) is not None}
+    return [[tokens, more | pictures] for tokens, more in negative]
 
 
 @dataclass
@@ -55,7 +64,7 @@ class FlawSampling:
             number = (seed + 1 + index) % (1 << 63)
             parts.append(comfy.sample.sample(
                 model, comfy.sample.prepare_noise(latent, number), self.steps, self.cfg, SAMPLER, self.scheduler,
-                self.conditions[index], self.negative, latent, disable_pbar=True, seed=number,
+                self.conditions[index], with_pictures(self.negative, self.conditions[index]), latent, disable_pbar=True, seed=number,
             ).float().cpu())
         return torch.cat(parts)
 

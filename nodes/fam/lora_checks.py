@@ -4,13 +4,11 @@ import torch
 
 from ..latents import check_latent
 from ..run_reports import image_part
-from .flaw_batch import FlawBatch, FlawSampling
+from .flaw_batch import PICTURES, FlawBatch, FlawSampling
 from .training_data import LatentData
 
 CONFINED = {"area": None, "mask": None, "control": None, "gligen": None, "hooks": None, "start_percent": 0.0, "end_percent": 1.0}
 """Entries of a conditioning that belong to one picture or a part of its steps, not to a training run, and what is none."""
-PICTURES = ("concat_latent_image", "concat_mask", "reference_latents")
-"""Entries that are pictures (an edit's reference, an inpainting model's masked image): one for all latents, or one each."""
 JUDGED = 16
 """Training images that are decoded to try the highlighter on."""
 SAME = 0.01
@@ -76,7 +74,7 @@ def one_each(entry: list, count: int) -> list:
     if numbers != {count}:
         raise ValueError(
             f"positive: {', '.join(pictures)} of {', '.join(map(str, sorted(numbers)))} pictures came for {count} latents. Give one for "
-            "all of them, or one each, in the same order."
+            "all of them, or one each, in the same order; a prompt that belongs to one latent has one."
         )
 
     def row(value, index: int):
@@ -107,15 +105,15 @@ def check_conditions(positive: list, count: int) -> tuple[list, torch.Tensor]:
                 f"positive: a prompt is confined by {', '.join(confined)}. Training takes plain prompts, one for all latents "
                 "or one each."
             )
-    if len(positive) == 1 and count > 1:
-        positive = one_each(positive[0], count)
     if len(positive) not in (1, count):
         raise ValueError(
             f"positive: {len(positive)} prompts came for {count} latents. Give one for all of them, or one each, in the "
             "same order (Conditioning (Combine) puts them together)."
         )
-    which = torch.arange(count) if len(positive) > 1 else torch.zeros(count, dtype=torch.long)
-    return [[entry] for entry in normal_tensors(positive)], which
+    each = count if len(positive) == 1 else 1  # pictures that a prompt may have
+    entries = [part for entry in normal_tensors(positive) for part in one_each(entry, each)]
+    which = torch.arange(count) if len(entries) > 1 else torch.zeros(count, dtype=torch.long)
+    return [[entry] for entry in entries], which
 
 
 def check_latents(model, latents: dict) -> torch.Tensor:

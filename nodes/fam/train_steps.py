@@ -36,9 +36,13 @@ def check_alike(conditions: list[dict]) -> None:
     """Raises:
         UnlikePrompts: processed conditionings that cannot be in one batch, such as ones of different lengths.
     """
+    names = {frozenset(condition["model_conds"]) for condition in conditions}
+    if len(names) > 1:
+        unlike = ", ".join(sorted(frozenset.union(*names) - frozenset.intersection(*names)))
+        raise UnlikePrompts(f"positive: some prompts have {unlike} and others have not, which no batch can hold. Set batch_size to 1.")
     for name, value in conditions[0]["model_conds"].items():
-        others = [condition["model_conds"].get(name) for condition in conditions[1:]]
-        if any(other is None or not value.can_concat(other) for other in others):
+        others = [condition["model_conds"][name] for condition in conditions[1:]]
+        if not all(value.can_concat(other) for other in others):
             raise UnlikePrompts(
                 f"positive: the prompts of different images do not fit into one batch (their {name} differ in shape). "
                 "Set batch_size to 1."

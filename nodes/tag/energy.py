@@ -116,7 +116,7 @@ class Disturbance(NamedTuple):
         rest = torch.addcmul(both, column(shares.clamp(0.0, 1.0) * step.alpha, anchor), anchor, value=-1.0)
         own, of_course = inner_of_each(rest, weight).clamp_min(TINY).unbind(0)
         common = inner(*rest.unbind(0), weight)
-        apart = ONE - (common / own) * (common / of_course)  # 1 - r^2
+        apart = (ONE - (common / own) * (common / of_course)).clamp_min(0.0)  # 1 - r^2
         has, had = shares.unbind(0)
         if counted.many:
             had = had.clamp_max(1.0)

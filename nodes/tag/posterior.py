@@ -92,14 +92,14 @@ def column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def inner(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Sum of x * y over everything but the batch: (B,) of y (B, ...) and as large an x, (2, B) of two of them (2, B, ...).
 
-    weight: (B, 1, ...), which positions count.
+    weight: (B, 1, ...), which positions count. No product of matrices, which autocast would make in half precision.
     """
     if weight is not None:
         x = x * weight
-    return torch.linalg.vecdot(x.flatten(x.ndim - y.ndim + 1), y.flatten(1))
+    return (x.flatten(x.ndim - y.ndim + 1) * y.flatten(1)).sum(dim=-1)
 
 
 def inner_of_each(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Sums of x^2, (2, B), of two batches (2, B, ...)."""
     weighted = x if weight is None else x * weight
-    return torch.linalg.vecdot(weighted.flatten(2), x.flatten(2))
+    return (weighted.flatten(2) * x.flatten(2)).sum(dim=-1)

@@ -5,7 +5,11 @@ from dataclasses import replace
 import comfy.sd
 import pytest
 import torch
-from artifact_guard.nodes.fam.lora_checks import normal_tensors, spoilt
+from artifact_guard.nodes.fam.flaw_batch import with_pictures
+from artifact_guard.nodes.fam.lora_checks import check_conditions, normal_tensors, spoilt
+from artifact_guard.nodes.fam.lora_schema import zeroed
+from artifact_guard.nodes.fam.train_steps import UnlikePrompts, check_alike
+from comfy.conds import CONDRegular
 
 from nodes import ConditioningSetTimestepRange
 
@@ -42,6 +46,8 @@ def small():
         ({"positive": [[torch.zeros(1, 6 + (n == 4), 24), {}] for n in range(6)]}, "^positive: .* do not fit .* Set batch_size to 1"),
         ({"positive": [[torch.zeros(1, 6, 24), {"reference_latents": [torch.zeros(4, 4, 16, 16)]}]]},
          "reference_latents of 4 pictures came for 6 latents"),
+        ({"positive": [[torch.zeros(1, 6, 24), {"concat_mask": torch.zeros(1 + (n == 2), 1, 16, 16)}] for n in range(6)]},
+         "concat_mask of 2 pictures .* a prompt that belongs to one latent has one"),
         ({"negative": []}, "negative: no text encoder output"),
         ({"negative": [[torch.zeros(1, 6, 99), {}]]}, "negative: .* is 99 wide and that of positive 24"),
         ({"negative": [[torch.full((1, 6, 24), torch.inf), {}]]}, "negative: .* NaN or infinite"),
@@ -149,3 +155,19 @@ def test_smooth_images_are_real_to_the_hand_made_highlighter(small):
     judge = rough_highlighter()
     smooth = ToyVAE().decode(smooth_latents(small)["samples"])
     assert (judge.generated_probability(smooth) < 0.5).all() and (judge.generated_probability(spoilt(smooth)) > 0.5).all()
+
+
+def test_negative_is_told_the_pictures_of_the_prompt_beside_it():
+    """A negative from InpaintModelConditioning has those of the whole batch, an empty one those of the first latent."""
+    pictures = torch.arange(3.0).view(3, 1, 1, 1)
+    positive, _ = check_conditions([[torch.ones(1, 6, 24), {"concat_latent_image": pictures}]], 3)
+    for condition, own in zip(positive, pictures):
+        for negative in (zeroed(positive), [[torch.zeros(1, 6, 24), {"concat_latent_image": pictures, "pooled_output": 1}]]):
+            (tokens, more), = with_pictures(negative, condition)
+            assert more["concat_latent_image"].flatten().tolist() == own.flatten().tolist() and not tokens.any()
+
+
+def test_prompts_of_which_some_have_a_picture_do_not_make_a_batch():
+    text, picture = CONDRegular(torch.zeros(1, 6, 24)), CONDRegular(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(UnlikePrompts, match="some prompts have ref_latents and others have not"):
+        check_alike([{"model_conds": {"c_crossattn": text}}, {"model_conds": {"c_crossattn": text, "ref_latents": picture}}])
