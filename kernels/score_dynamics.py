@@ -127,17 +127,13 @@ def change_maps(current: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Te
 
 
 @with_triton("score_dynamics_triton")
-def bend_map(velocity: torch.Tensor, before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor:
+def bend_map(velocity: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """How much a velocity differs from the mean of its neighbours in time: |V_t - (V_(t-1) + V_(t+1)) / 2|.
 
     Args:
-        velocity, before, after: (B, C, H, W) float32. With one neighbour that one counts alone; one at least is there.
+        velocity, before, after: (B, C, H, W) float32. Where there is one neighbour only it stands on both sides.
 
     Returns:
         (B, H, W), the largest channel, in the units of the velocity.
     """
-    if before is None or after is None:
-        usual = after if before is None else before
-    else:
-        usual = (before + after) / 2
-    return (velocity - usual).abs_().amax(dim=1)
+    return (velocity - (before + after) / 2).abs_().amax(dim=1)

@@ -43,7 +43,7 @@ def change_maps(current: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Te
 
 
 @triton.jit
-def _bend_map(velocity, before, after, out, channels, pixels, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr):
+def _bend_map(velocity, before, after, out, channels, pixels, BLOCK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
@@ -51,14 +51,8 @@ def _bend_map(velocity, before, after, out, channels, pixels, BEFORE: tl.constex
     total = tl.zeros((BLOCK,), tl.float32)
     top = tl.zeros((BLOCK,), tl.float32)
     for _ in range(channels):
-        usual = tl.zeros((BLOCK,), tl.float32)
-        if BEFORE:
-            usual += tl.load(before + place, mask=inside, other=0.0)
-        if AFTER:
-            usual += tl.load(after + place, mask=inside, other=0.0)
-        if BEFORE and AFTER:
-            usual = usual * 0.5
-        bend = tl.abs(tl.load(velocity + place, mask=inside, other=0.0) - usual)
+        usual = tl.load(before + place, mask=inside, other=0.0) + tl.load(after + place, mask=inside, other=0.0)
+        bend = tl.abs(tl.load(velocity + place, mask=inside, other=0.0) - usual * 0.5)
         total += bend
         top = tl.maximum(top, bend)
         place += pixels
@@ -66,16 +60,12 @@ def _bend_map(velocity, before, after, out, channels, pixels, BEFORE: tl.constex
     tl.store(out + sample * pixels + pixel, top, mask=inside)
 
 
-def bend_map(velocity: torch.Tensor, before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor:
-    velocity = velocity.contiguous()
-    sides = [None if side is None else side.contiguous() for side in (before, after)]
+def bend_map(velocity: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     batch, channels, height, width = velocity.shape
     out = torch.empty(batch, height, width, dtype=torch.float32, device=velocity.device)
     pixels = height * width
-    given = [velocity if side is None else side for side in sides]
-    _bend_map[(batch, triton.cdiv(pixels, BLOCK))](
-        velocity, *given, out, channels, pixels, BEFORE=before is not None, AFTER=after is not None, BLOCK=BLOCK
-    )
+    given = [x.contiguous() for x in (velocity, before, after)]
+    _bend_map[(batch, triton.cdiv(pixels, BLOCK))](*given, out, channels, pixels, BLOCK=BLOCK)
     return out
 
 

@@ -21,8 +21,8 @@ model), so that traps are found and few clean runs are flagged; `dev.py bench de
 and other images.
 """
 
+import functools
 import math
-from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,7 @@ from ..latents import pixels
 from .detector import NEVER, Detector, Findings, keep_regions
 from .estimate import Estimate
 from .options import AscedOptions
+from .waiting import how_many_together, joined, on_device, times
 
 BURST_LIMIT = 10.0
 BURST_MAD_FLOOR = 0.1
@@ -66,12 +67,18 @@ MOST_MOVES = 255
 
 @dataclass(frozen=True)
 class Move:
-    """A change of the clean estimate D (F, C, H, W): from, to, length in ln(b / a), noise ratio where it began."""
+    """A change of the clean estimate D (F, C, H, W) over a step: from, to; ln(b / a) where it began and ended; how far each pixel
+    had come before it, (F, H, W), if that is known."""
 
     start: torch.Tensor
     end: torch.Tensor
-    length: float
-    ratio: float
+    began: float
+    ended: float
+    travel: torch.Tensor | None
+
+    @property
+    def length(self) -> float:
+        return self.began - self.ended
 
     def velocity(self) -> torch.Tensor:
         """V_t (F, C, H, W). Taken anew where it is asked for: the estimates are there anyway, and it would be two more."""
@@ -79,8 +86,8 @@ class Move:
 
 
 class DynamicsDetector(Detector):
-    """See the module. State: up to four estimates, one more at half precision and the running maps, whatever the
-    number of steps. The onset of a pixel is where its strongest burst began."""
+    """See the module. State: the estimates of the moves that wait (waiting.py), up to four more, one at half precision and the
+    running maps, whatever the number of steps. The onset of a pixel is where its strongest burst began."""
 
     auto_window = (8.0, 1.6)
     lead = 2
@@ -93,9 +100,12 @@ class DynamicsDetector(Detector):
         self.sensitivity = sensitivity
         self.thinnest = max(THINNEST, pixels(options.min_width, shorter_side)) if options.min_width > 0 else 1
         self.gap = pixels(GAP, shorter_side, 1)
+        self.newest: tuple[float, torch.Tensor] | None = None
         self.past: list[tuple[float, torch.Tensor]] = []
-        self.moves: deque[Move] = deque(maxlen=2)
+        self.moves: list[Move] = []
+        self.judged = self.unseen = 0
         self.valid: torch.Tensor | None = None
+        self.straggler: torch.Tensor | None = None
         self.burst: torch.Tensor | None = None
         self.began: list[float] = []
         self.burst_move: torch.Tensor | None = None
@@ -109,26 +119,37 @@ class DynamicsDetector(Detector):
         self.travel = change if self.travel is None else self.travel + change
 
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
-        if not self.past and math.isfinite(previous.position):
-            self.past.append((previous.position, previous.denoised.float()))
-        if not self.past or not math.isfinite(current.position):
+        if self.newest is None and math.isfinite(previous.position):
+            self.newest = (previous.position, previous.denoised.float())
+            self.past = [self.newest]
+        if self.newest is None or not math.isfinite(current.position):
             return
-        position, denoised = self.past[-1]
-        length = position - current.position
-        if length < LEAST_STEP:
+        position, denoised = self.newest
+        if position - current.position < LEAST_STEP:
             return
         self.valid = valid
-        move = Move(denoised, current.denoised.float(), length, math.exp(position))
-        velocity = move.velocity()
-        self.gather(velocity, position, current)
-        if self.moves:
-            self._burst(velocity)
-        self.moves.append(move)
-        self.past.append((current.position, move.end))
-        self._straggler()
+        self.newest = (current.position, current.denoised.float())
+        self.moves.append(Move(denoised, self.newest[1], position, current.position, self.travel))
+        self.unseen += 1
+        if self.unseen >= how_many_together(current.denoised):
+            self.judge()
 
-    def gather(self, velocity: torch.Tensor, start: float, current: Estimate) -> None:
-        """For detectors that look at more: told of every change, V_t (F, C, H, W), ln(b / a) where it began, where it led."""
+    def judge(self, last: bool = False) -> None:
+        """Judge the moves that wait. The newest has to wait for the one after it, unless it is the last."""
+        velocities = [move.velocity() for move in self.moves]
+        if self.unseen:
+            new, ends = self.moves[-self.unseen :], joined([move.end for move in self.moves[-self.unseen :]])
+            self.gather(joined(velocities[-self.unseen :]), ends, new)
+            self._stragglers(ends, new)
+            self.unseen = 0
+        until = len(self.moves) - (0 if last else 1)
+        if len(self.moves) > 1 and self.judged < until:
+            self._bursts(velocities, self.judged, until)
+        self.moves = [] if last else self.moves[-2:]
+        self.judged = max(0, len(self.moves) - 1)
+
+    def gather(self, velocity: torch.Tensor, ends: torch.Tensor, moves: list[Move]) -> None:
+        """For detectors that look at more: told of every move, V_t and where it led, both (moves x F, C, H, W)."""
 
     def change_limit(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> torch.Tensor | None:
         """As published, without blur: this detector judges bends of the path and has no limit for one change alone."""
@@ -148,44 +169,49 @@ class DynamicsDetector(Detector):
         return Findings(regions, self.peak, self.onset, suspected, before=self.before_burst)
 
     def conclude(self) -> None:
-        """The window is over: judge its last change, known from one side only, and take in the bursts."""
-        if len(self.moves) == 2:
-            self._burst(None)
-        if self.burst is not None:
-            self._take_score(self.burst / self._usual_burst())
-            self.onset = torch.where(self.peak > WEAK, self.burst_at(), NEVER)
-        elif self.moves and self.peak is not None:
-            self.onset = torch.where(self.peak > WEAK, self.moves[-1].ratio, NEVER)
-        self.moves.clear()
+        """The window is over: judge its last change, known from one side only, and bring bursts and stragglers together."""
+        last = self.moves[-1] if self.moves else None
+        self.judge(last=True)
+        scores = [] if self.burst is None else [self.burst / self._usual_burst()]
+        scores += [] if self.straggler is None else [self.straggler]
+        if scores:
+            self.peak = self.sensitivity * functools.reduce(torch.maximum, scores)
+            self.onset = torch.where(self.peak > WEAK, math.exp(last.began) if self.burst is None else self.burst_at(), NEVER)
 
     def burst_at(self) -> torch.Tensor:
         """The noise ratio b / a at which each pixel's strongest burst began, (F, H, W); told by its number, which takes a byte."""
-        # Filled on the device: a list that is copied there would be waited for.
-        began = torch.stack([torch.full((), ratio, device=self.burst_move.device) for ratio in self.began])
-        return began[self.burst_move.long()]
+        return on_device(self.began, self.burst_move.device)[self.burst_move.long()]
 
-    def _take_score(self, score: torch.Tensor) -> None:
-        """Take in scores (F, H, W), 1 = the limit at sensitivity 1."""
-        score = score * self.sensitivity
-        if self.valid is not None:
-            score = score.masked_fill(~self.valid, 0.0)
-        self.peak = score if self.peak is None else torch.maximum(self.peak, score)
+    def _of_all(self, steps: int) -> torch.Tensor | None:
+        """The pixels that count, for the frames of so many steps, (steps x F, H, W) bool; None for all."""
+        return self.valid if self.valid is None or steps == 1 else self.valid.repeat(steps, 1, 1)
 
-    def _burst(self, after: torch.Tensor | None) -> None:
-        """Judge the last change against the one before it and the one after it, whose velocity is `after`."""
-        move, velocity = self.moves[-1], self.moves[-1].velocity()
-        before = self.moves[0].velocity() if len(self.moves) == 2 else None
-        bend = bend_map(velocity, before, after) * move.length
-        active = self._active()
+    def _bursts(self, velocities: list[torch.Tensor], first: int, until: int) -> None:
+        """Judge the moves from `first` on, `until` excluded, against those before and after them."""
+        moves = self.moves[first:until]
+        steps, newest = len(moves), len(velocities) - 1
+        before = joined([velocities[i - 1 if i else 1] for i in range(first, until)])
+        after = joined([velocities[i + 1 if i < newest else i - 1] for i in range(first, until)])
+        velocity = joined(velocities[first:until])
+        lengths = [move.length for move in moves]
+        bend = times(bend_map(velocity, before, after), lengths)
+        travels = [move.travel for move in self.moves[first + 1 : until + 1]]
+        travels += [self.travel] * (steps - len(travels))
+        active = self._active(travels)
         median, mad = median_and_mad(bend, active)
         mad = NORMAL_CONSISTENCY * mad
-        self.largest_mad = mad if self.largest_mad is None else torch.maximum(self.largest_mad, mad)
-        motion = median_and_mad(velocity.abs_().amax(dim=1), active)[0] * move.length
-        unit = torch.maximum(BURST_MAD_FLOOR * self.largest_mad, BURST_MOTION * motion)
+        largest_mad, self.largest_mad = running_largest(mad, self.largest_mad, steps)
+        motion = times(median_and_mad(velocity.abs_().amax(dim=1), active)[0], lengths)
+        unit = torch.maximum(BURST_MAD_FLOOR * largest_mad, BURST_MOTION * motion)
         score = scaled(bend - median[:, None, None], BURST_LIMIT * torch.maximum(unit, mad))
         if self.valid is not None:
-            score = score.masked_fill(~self.valid, 0.0)
-        self.burst_tops.append(score.flatten(1).amax(dim=1))
+            score = score.masked_fill(~self._of_all(steps), 0.0)
+        self.burst_tops += score.flatten(1).amax(dim=1).chunk(steps)
+        for move, of_move in zip(moves, score.chunk(steps)):
+            self._take_burst(of_move, move)
+
+    def _take_burst(self, score: torch.Tensor, move: Move) -> None:
+        """Take in what a move scored, (F, H, W)."""
         if self.burst is None:
             self.burst, self.before_burst = score, move.start.half()
             self.burst_move = torch.zeros_like(score, dtype=torch.uint8)
@@ -195,7 +221,7 @@ class DynamicsDetector(Detector):
             self.before_burst = torch.where(stronger[:, None], move.start.half(), self.before_burst)
             self.burst = torch.maximum(self.burst, score)
         if len(self.began) < MOST_MOVES:
-            self.began.append(move.ratio)
+            self.began.append(math.exp(move.began))
 
     def _usual_burst(self) -> torch.Tensor:
         """What a burst of each frame has to exceed, (F, 1, 1): 1, or more where all its steps have strong ones."""
@@ -205,30 +231,57 @@ class DynamicsDetector(Detector):
         usual = tops.sort(dim=0).values[int(USUAL_QUANTILE * (len(tops) - 1))]
         return (BURST_OVER_USUAL * usual).clamp(min=1.0)[:, None, None]
 
-    def _active(self) -> torch.Tensor | None:
-        """The pixels that a burst is compared with, (F, H, W) bool; None for all."""
-        if self.travel is None:
-            return self.valid
-        far, some = (sample_quantile(self.travel, share, self.valid) for share in (ACTIVE_QUANTILE, 1 - ACTIVE_SHARE))
-        active = self.travel >= torch.minimum(ACTIVE_TRAVEL * far, some)[:, None, None]
-        return active if self.valid is None else active & self.valid
+    def _active(self, travels: list[torch.Tensor | None]) -> torch.Tensor | None:
+        """The pixels that the bursts of some steps are compared with, (steps x F, H, W) bool; None for all.
 
-    def _straggler(self) -> None:
-        """Compare the newest estimate with the newest one that is far enough back; forget what is further."""
-        position, denoised = self.past[-1]
-        far = [i for i, (other, _) in enumerate(self.past) if other - position >= STRAGGLER_SPAN - 1e-6]
-        if not far:
+        travels: how far each pixel had come at each of them, (F, H, W).
+        """
+        valid = self._of_all(len(travels))
+        if travels[0] is None:
+            return valid
+        travel = joined(travels)
+        far, some = (sample_quantile(travel, share, valid) for share in (ACTIVE_QUANTILE, 1 - ACTIVE_SHARE))
+        active = travel >= torch.minimum(ACTIVE_TRAVEL * far, some)[:, None, None]
+        return active if valid is None else active & valid
+
+    def _stragglers(self, ends: torch.Tensor, moves: list[Move]) -> None:
+        """Compare where each move led with the newest estimate that is far enough back; forget what is further."""
+        references, rates = [], []
+        for move in moves:
+            self.past.append((move.ended, move.end))
+            far = [i for i, (position, _) in enumerate(self.past) if position - move.ended >= STRAGGLER_SPAN - 1e-6]
+            if far:
+                self.past = self.past[far[-1] :]
+                references.append(self.past[0][1])
+                rates.append(1 / (self.past[0][0] - move.ended))
+        if not references:
             return
-        self.past = self.past[far[-1]:]
-        start, reference = self.past[0]
-        speed = change_maps(denoised, reference)[1] / (start - position)
-        motion = sample_quantile(speed, 0.5, self.valid)
-        self.largest_motion = motion if self.largest_motion is None else torch.maximum(self.largest_motion, motion)
-        if position > math.log(STRAGGLER_RATIO):
+        frames, steps = len(moves[0].end), len(references)  # a move without a reference comes before all that have one
+        speed = times(change_maps(ends[-steps * frames :], joined(references))[1], rates)
+        motion, self.largest_motion = running_largest(
+            sample_quantile(speed, 0.5, self._of_all(steps)), self.largest_motion, steps
+        )
+        late = sum(move.ended <= math.log(STRAGGLER_RATIO) for move in moves[-steps:])
+        if not late:
             return
-        tail = STRAGGLER_TAIL * sample_quantile(speed, STRAGGLER_QUANTILE, self.valid)
-        unit = torch.maximum(tail, STRAGGLER_FLOOR * self.largest_motion)
-        self._take_score(scaled(speed, STRAGGLER_LIMIT * unit))
+        speed, motion = speed[-late * frames :], motion[-late * frames :]
+        tail = STRAGGLER_TAIL * sample_quantile(speed, STRAGGLER_QUANTILE, self._of_all(late))
+        score = scaled(speed, STRAGGLER_LIMIT * torch.maximum(tail, STRAGGLER_FLOOR * motion))
+        score = score if late == 1 else score.unflatten(0, (late, frames)).amax(dim=0)
+        if self.valid is not None:
+            score = score.masked_fill(~self.valid, 0.0)
+        self.straggler = score if self.straggler is None else torch.maximum(self.straggler, score)
+
+
+def running_largest(values: torch.Tensor, so_far: torch.Tensor | None, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of each frame's values up to each step, (steps x F,), and up to the last one, (F,), which `so_far` is of the
+    steps before; None if there were none."""
+    largest = values.view(steps, -1)
+    if steps > 1:
+        largest = largest.cummax(dim=0).values
+    if so_far is not None:
+        largest = torch.maximum(largest, so_far)
+    return largest.flatten(), largest[-1]
 
 
 def scaled(signal: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ import comfy.utils
 
 from ...kernels.local_net import local_net
 from .detector import NEVER, Findings
-from .dynamics import DynamicsDetector
+from .dynamics import DynamicsDetector, Move
 from .estimate import Estimate
 from .signals import LATE, Signals
 
@@ -85,22 +85,21 @@ class LearnedDetector(DynamicsDetector):
         return findings._replace(likely=likely, sure=sure)
 
     def observe(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> None:
-        if not self.past and previous.position < math.log(LATE):
+        if self.newest is None and previous.position < math.log(LATE):
             self.travel_before = self.travel
         super().observe(previous, current, valid)
 
-    def gather(self, velocity: torch.Tensor, start: float, current: Estimate) -> None:
-        self.signals.add(velocity, start, current.position, current.denoised)
-        self.ended = current.position
+    def gather(self, velocity: torch.Tensor, ends: torch.Tensor, moves: list[Move]) -> None:
+        self.signals.add(velocity, ends, [(move.began, move.ended) for move in moves])
+        self.ended = moves[-1].ended
 
     def maps(self) -> torch.Tensor | None:
         """Conclude as the hand-made rule does; then the signals for the network, (F, K, h, w), or None if it is
         not to judge this window."""
-        straggler = None if self.peak is None else self.peak / self.sensitivity
         super().conclude()
         if self.ended > math.log(ENDS) or self.signals.changes < LEAST_CHANGES:
             return None
-        straggler = torch.zeros_like(self.burst) if straggler is None else straggler
+        straggler = torch.zeros_like(self.burst) if self.straggler is None else self.straggler
         travel = self.travel if self.travel_before is None else self.travel - self.travel_before
         return self.signals.maps(travel, self.burst / self._usual_burst(), straggler, self.burst_at(), self.valid)
 

@@ -10,20 +10,13 @@ from ...kernels.score_dynamics import change_speed
 from .detector import NEVER, Detector, Findings
 from .estimate import Estimate
 from .options import AscedOptions
+from .waiting import how_many_together
 
 SMALLEST_SIGNAL = 1e-3
 """Below this coefficient a the weighted score D - x / a is all rounding (flow models at sigma 1): it is not used."""
 
 PUBLISHED_K = 3.0
 """Robust standard deviations above the median that a change has to exceed to be abnormal, at sensitivity 1."""
-
-TOGETHER, TOGETHER_VALUES = 16, 2**23
-"""At most so many changes wait to be judged together, and fewer of latents that hold so many values among them: no more
-memory than that, whatever the number of steps. A window of a run of 25 steps has about eight."""
-
-ONE_BY_ONE = ("cpu",)
-"""Where starting an operation costs next to nothing, and what is small stays in the cache: there no change waits."""
-
 
 def blur_sigma(options: AscedOptions, shorter_side: int) -> float:
     """Standard deviation of the blur in latent pixels: at least one pixel, unless it is switched off with 0."""
@@ -45,12 +38,11 @@ class CleanEstimateDetector(Detector):
     abnormal if its largest channel exceeds it. Departures: raw floats instead of 8-bit images, no blur across the
     channels, and entries outside `valid` (an inpainting mask) do not count towards median and MAD.
 
-    Changes wait until a few can be judged together. That alters nothing, since each is judged by itself, but on a GPU a
-    step of small latents costs what it takes to start the kernels.
+    Changes wait until a few can be judged together (waiting.py).
     """
 
     auto_window = (6.0, 3.1)
-    together = TOGETHER
+    one_by_one = False
 
     def __init__(
         self, options: AscedOptions, sensitivity: float, shorter_side: int, travel: torch.Tensor | None = None
@@ -68,7 +60,7 @@ class CleanEstimateDetector(Detector):
             self.judge()
             self.waiting = [Compared(previous.denoised, self.quantity(previous), previous.ratio)]
         self.waiting.append(Compared(current.denoised, self.quantity(current), current.ratio))
-        if len(self.waiting) > min(self.together, how_many_together(current.denoised)):
+        if self.one_by_one or len(self.waiting) > how_many_together(current.denoised):
             self.judge()
 
     def change_limit(self, previous: Estimate, current: Estimate, valid: torch.Tensor | None) -> torch.Tensor | None:
@@ -130,11 +122,6 @@ def after_and_before(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
     return joined[frames:], joined[:-frames]
 
 
-def how_many_together(frames: torch.Tensor) -> int:
-    """How many changes of such frames (F, C, H, W) are judged at once."""
-    return 1 if frames.device.type in ONE_BY_ONE else min(TOGETHER, max(1, TOGETHER_VALUES // frames.numel()))
-
-
 class WeightedScoreDetector(CleanEstimateDetector):
     """The rule of the paper (Eq. 4): |change of w(t) * s(x_t, t)| > tau, with w * s = D - x / a.
 
@@ -145,7 +132,7 @@ class WeightedScoreDetector(CleanEstimateDetector):
     it is fresh noise. So each change is judged after the one before it, by itself.
     """
 
-    together = 1
+    one_by_one = True
     of_sample = True
 
     def __init__(

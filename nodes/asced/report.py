@@ -35,6 +35,7 @@ class RunRecord:
         self.window: Window | None = None
         self.ratios: list[float] = []
         self.speed = Speeds()
+        self.suspected = False
         self.regions: torch.Tensor | None = None
         self.peak: torch.Tensor | None = None
         self.onset: torch.Tensor | None = None
@@ -69,10 +70,11 @@ class RunRecord:
 
     def settle(self) -> None:
         """No further regions will be looked for."""
-        self.speed.settle(self.regions)
+        self.speed.settle(self.regions if self.suspected else None)
 
     def add_findings(self, findings: Findings) -> None:
         """Take in what a round found."""
+        self.suspected |= findings.suspected
         if self.regions is None:
             self.regions, self.peak, self.onset = findings.regions, findings.peak, findings.onset
             return

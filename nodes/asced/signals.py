@@ -25,6 +25,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .waiting import times
+
 GRID = 32
 EDGES = (12.0, 8.0, 5.6, 4.0, 2.9, 2.15, 1.5)
 THEN = (9.0, 4.5)
@@ -57,24 +59,31 @@ class Signals:
         self.moved: torch.Tensor | float = 0.0
         self.changes = 0
 
-    def add(self, velocity: torch.Tensor, start: float, end: float, denoised: torch.Tensor) -> None:
-        """Take in V_t (F, C, H, W) of the change from ln(b / a) = start to end, and the estimate it led to."""
+    def add(self, velocity: torch.Tensor, ends: torch.Tensor, places: list[tuple[float, float]]) -> None:
+        """Take in V_t of some changes and the estimates they led to, both (changes x F, C, H, W), and where in ln(b / a) each
+        began and ended."""
         if not self.changes:
+            start = places[0][0]
             self.began = min(start, math.log(LATE))
             self.edges, self.looks = (scaled_to(start, ratios) for ratios in (EDGES, THEN))
-        rate = on_grid(velocity.abs().mean(dim=1))
+        changes = len(places)
+        rates = on_grid(velocity.abs().mean(dim=1)).chunk(changes)
         for span, (high, low) in enumerate(zip(self.edges, self.edges[1:])):
-            shared = min(start, high) - max(end, low)
-            if shared > 0:
-                self.spans[span] = (self.spans[span] + rate * shared).half()
-        change = on_grid(velocity) * (start - end)
-        self.shared = self.shared + (change * neighbours(change)).mean(1)
-        self.moved = self.moved + change.square().mean(1)
-        self.now = on_grid(denoised.float())
-        for look in self.looks:
-            if look not in self.then and end <= look:
-                self.then[look] = self.now
-        self.changes += 1
+            for rate, (start, end) in zip(rates, places):
+                shared = min(start, high) - max(end, low)
+                if shared > 0:
+                    self.spans[span] = (self.spans[span] + rate * shared).half()
+        change = times(on_grid(velocity), [start - end for start, end in places])
+        for of_change in (change * neighbours(change)).mean(1).chunk(changes):
+            self.shared = self.shared + of_change
+        for of_change in change.square().mean(1).chunk(changes):
+            self.moved = self.moved + of_change
+        for now, (_, end) in zip(on_grid(ends).chunk(changes), places):
+            for look in self.looks:
+                if look not in self.then and end <= look:
+                    self.then[look] = now
+        self.now = now
+        self.changes += changes
 
     def maps(self, travel, burst, straggler, when, valid: torch.Tensor | None = None) -> torch.Tensor:
         """The maps NAMES, (F, K, h, w) float32. travel, burst, straggler: (F, H, W) at full size; when: noise ratio b / a;

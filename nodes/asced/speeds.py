@@ -33,7 +33,7 @@ class Speeds:
     """|Change of the clean estimate| of one run. Nothing here waits for the device.
 
     Memory: at most MAPS maps at half precision, and for each step its mean speed in each frame; from `settle` on two sums
-    more instead of a map. Where a map stands for several steps, inside and outside keep their proportion through all of
+    more instead of a map, or none if there are no regions. Where a map stands for several steps, inside and outside keep their proportion through all of
     them and each step its own mean.
     """
 
@@ -42,6 +42,7 @@ class Speeds:
         self.lengths: list[float] = []
         self.means: list[torch.Tensor] = []
         self.stretches: list[Stretch] = []
+        self.undivided = False
         self.inside: torch.Tensor | None = None
         self.sums: list[torch.Tensor] = []
 
@@ -52,6 +53,8 @@ class Speeds:
         self.ratios.append(ratio)
         self.lengths.append(length)
         self.means.append(small.mean(dim=(1, 2)))
+        if self.undivided:
+            return
         if self.inside is not None:
             self.sums.append(split_sums(small, self.inside))
             return
@@ -62,8 +65,10 @@ class Speeds:
             self.stretches[at : at + 2] = [self.stretches[at].joined(self.stretches[at + 1])]
 
     def settle(self, regions: torch.Tensor | None) -> None:
-        """No more regions (F, H, W) bool will be found: of the steps to come two sums are enough."""
-        if regions is not None and self.stretches:
+        """No more will be found than these regions (F, H, W) bool: of the steps to come two sums are enough. None: not one was."""
+        if regions is None:
+            self.undivided, self.stretches = True, []
+        elif self.stretches:
             self.inside = share_of_cells(regions, self.stretches[0].map)
 
     def close(self) -> None:
@@ -74,6 +79,9 @@ class Speeds:
 
     def curves(self, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean speed at each step inside and outside the regions (F, H, W) of all frames, each (steps,); NaN without them."""
+        if self.undivided:
+            outside = torch.stack(self.means).nan_to_num().mean(dim=1)
+            return torch.full_like(outside, torch.nan), outside
         inside = share_of_cells(regions, self.stretches[0].map)
         rows = []
         for stretch in self.stretches:

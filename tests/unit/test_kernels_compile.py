@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 KERNELS = {
     "score_dynamics": {
         "_change_maps": [("p16 p32 pf pf i i", {"BLOCK": 1024}), ("pb pb pf pf i i", {"BLOCK": 1024})],
-        "_bend_map": [("pf pf pf pf i i", {"BEFORE": True, "AFTER": after, "BLOCK": 1024}) for after in (True, False)],
+        "_bend_map": [("pf pf pf pf i i", {"BLOCK": 1024})],
         "_blur_axis": [("p16 p16 pf pf i i i i", {"DIFFERENCE": first, "ALONG_ROWS": first, "BLOCK": 1024}) for first in (True, False)],
     },
     "robust_threshold": {

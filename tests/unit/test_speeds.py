@@ -55,12 +55,32 @@ def test_after_the_last_round_only_sums_are_kept():
     assert len(speeds.stretches) == 4 and [s.numel() for s in speeds.sums] == [2] * 6
 
 
-def test_a_guarded_run_settles_when_its_last_round_is_over():
+def test_without_regions_only_means_are_kept():
+    levels = [1.0, 2.0, 3.0, 4.0]
+    speeds = Speeds()
+    for step, level in enumerate(levels):
+        if step == 2:
+            speeds.settle(None)
+        speeds.add(1.0, 0.1, torch.full((FRAMES, SIDE, SIDE), level))
+    speeds.close()
+    assert not speeds.stretches and not speeds.sums
+    inside, outside = speeds.curves(torch.zeros_like(REGIONS))
+    assert inside.isnan().all() and outside.tolist() == levels == speeds.of_frame(0)
+
+
+@pytest.mark.parametrize("sensitivity", [0.01, 10.0])
+def test_a_guarded_run_settles_when_its_last_round_is_over(sensitivity):
+    """On sums where something was found, on means where nothing was."""
     model, prompt = load_demo_model()[0], [[class_token(1), {}]]
-    guarded, report = guard_model(model, GuardSettings(sensitivity=0.01))
+    guarded, report = guard_model(model, GuardSettings(sensitivity=sensitivity, mode="detect only"))
     sampler_run(guarded, torch.zeros(1, 3, 32, 32), prompt, 12, 0)
-    speed, window = report.runs[-1].speed, report.runs[-1].window
-    assert len(speed.stretches) == window.correct_at and len(speed.stretches) + len(speed.sums) == len(speed.ratios) == 11
+    record = report.runs[-1]
+    speed, found = record.speed, sensitivity > 1
+    assert found == bool(record.regions.any()) and len(speed.ratios) == len(speed.means) == 11
+    maps = record.window.correct_at if found else 0
+    assert (len(speed.stretches), len(speed.sums)) == (maps, 11 - maps if found else 0)
+    inside, outside = record.speeds()
+    assert outside.isfinite().all() and inside.isfinite().all() == found
 
 
 def test_nan_in_one_frame_leaves_the_curves_finite():
