@@ -94,24 +94,23 @@ class Signals:
         def mean(values):
             return (values * weight).mean((-2, -1), keepdim=True)
 
-        spans = [span + torch.zeros_like(self.now[:, 0]) for span in self.spans]
-        scale = mean(sum(spans)).clamp(min=TINY) / len(spans)
+        spans = torch.stack([span + torch.zeros_like(self.now[:, 0]) for span in self.spans], dim=1)
+        scale = mean(spans.sum(dim=1)).clamp(min=TINY) / len(self.spans)
         travel = on_grid(travel)
-        maps = [torch.log(span / scale + LEAST) for span in spans]
-        maps.append(torch.log(travel / mean(travel).clamp(min=TINY) + LEAST))
-        maps += [torch.log(on_grid(score).clamp(min=0.0) + LEAST) for score in (burst, straggler)]
-        maps.append(on_grid(when).clamp(1.0, EDGES[0]).log())
+        moved = [travel / mean(travel).clamp(min=TINY), *(on_grid(score).clamp(min=0.0) for score in (burst, straggler))]
         then = [self.then.get(look, self.now) for look in self.looks]
         away = self.now - (self.now * weight[:, None]).mean((2, 3), keepdim=True)
         contrast = mean(away.square().mean(1)).sqrt().clamp(min=TINY)
-        maps += [torch.log(edges(x) / contrast + LEAST) for x in (*then, self.now)]
-        maps += [torch.log(broad_edges(x) / contrast + LEAST) for x in (then[0], self.now)]
-        maps += [torch.log((x - neighbours(x)).abs().mean(1) / contrast + LEAST) for x in (then[1], self.now)]
-        maps += [torch.log((self.now - x).abs().mean(1) / scale + LEAST) for x in then]
-        maps.append(away.abs().mean(1) / contrast)
-        maps.append(self.shared / (self.moved + LEAST * mean(self.moved)).clamp(min=TINY**2))
-        maps += [1.0 - share, torch.full_like(share, self.began)]
-        return torch.stack(maps, dim=1)
+        drawn = [edges(x) for x in (*then, self.now)] + [broad_edges(x) for x in (then[0], self.now)]
+        drawn += [(x - neighbours(x)).abs().mean(1) for x in (then[1], self.now)]
+        drawn = torch.stack(drawn, dim=1) / contrast[:, None]
+        come = torch.stack([(self.now - x).abs().mean(1) for x in then], dim=1) / scale[:, None]
+        logs = torch.log(torch.cat([spans / scale[:, None], torch.stack(moved, dim=1), drawn, come], dim=1) + LEAST)
+        coupling = self.shared / (self.moved + LEAST * mean(self.moved)).clamp(min=TINY**2)
+        others = [away.abs().mean(1) / contrast, coupling, 1.0 - share, torch.full_like(share, self.began)]
+        first = len(self.spans) + len(moved)
+        began = on_grid(when).clamp(1.0, EDGES[0]).log()[:, None]
+        return torch.cat([logs[:, :first], began, logs[:, first:], torch.stack(others, dim=1)], dim=1)
 
 
 def scaled_to(start: float, ratios: tuple[float, ...]) -> tuple[float, ...]:

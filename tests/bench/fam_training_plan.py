@@ -27,6 +27,7 @@ VARIANTS = {
     "forward 0.1": Variant(0, 0.1), "reverse 0.1": Variant(0.1, 0), "both, uniform map": Variant(change="uniform"),
     "both, rolled map": Variant(change="rolled"), "both, inverted map": Variant(change="inverted"),
     "forward -0.1": Variant(0, -0.1),
+    "reverse 0.2": Variant(0.2, 0), "reverse 0.1, uniform map": Variant(0.1, 0, change="uniform"), "reverse 0.4": Variant(0.4, 0),
     "forward 0.05": Variant(0, 0.05), "reverse 0.05": Variant(0.05, 0),
     "forward 0.1, uniform map": Variant(0, 0.1, change="uniform"),
     "both, split 1:4": Variant(base_fraction=0.2), "both, split 4:1": Variant(base_fraction=0.8),
@@ -78,7 +79,7 @@ SIZES = {
     "cpu": Size(0, steps=120, batch=32, map_every=30, decay=0.98, judged=400, euler=10, map_images=16,
                 highlighter_images=400, highlighter_epochs=10, seeds=(0, 1, 2), sweep_seeds=(0, 1)),
     "small": Size(5000, 64, peak_rate=2e-3, steps=800, batch=64, map_every=50, judged=2000, euler=10, highlighter_images=2000,
-                  highlighter_side=32, network="small", side=16, from_mean=False, seeds=(0, 1, 2), sweep_seeds=(0,)),
+                  highlighter_side=32, network="small", side=16, from_mean=False, seeds=(0, 1, 2)),
     "tiny": Size(4, 4, warmup=2, points=2, steps=5, batch=4, map_every=2, judged=16, euler=2, map_images=2,
                  highlighter_images=20, highlighter_epochs=1, seeds=(0, 1), sweep_seeds=(0,)),
 }
