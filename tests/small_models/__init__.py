@@ -19,6 +19,7 @@ from ..harness.pins import DEFAULT_VERSION
 from .base import SmallModel, sample
 from .image_transformers import BUILDERS as IMAGE_TRANSFORMERS
 from .unets import BUILDERS as UNETS
+from .unets import shallow_sd15
 from .video_transformers import BUILDERS as VIDEO_TRANSFORMERS
 
 BUILDERS = {**UNETS, **IMAGE_TRANSFORMERS, **VIDEO_TRANSFORMERS}
@@ -46,4 +47,4 @@ def small_model(family: str, seed: int = 0) -> SmallModel:
         not_in_this_release(f"has no {error.name}")
 
 
-__all__ = ["FAMILIES", "SmallModel", "not_in_this_release", "sample", "small_model"]
+__all__ = ["FAMILIES", "SmallModel", "not_in_this_release", "sample", "shallow_sd15", "small_model"]

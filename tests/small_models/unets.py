@@ -17,6 +17,17 @@ def sd15(seed: int) -> SmallModel:
     return SmallModel("sd15", build(supported.SD15, sizes, seed), channels=4, width=24)
 
 
+def shallow_sd15(seed: int = 0) -> SmallModel:
+    """SD 1.5 of two sizes instead of four, with attention at the first and in the middle: for tests that train or sample often."""
+    sizes = {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": (1, 2),
+        "num_res_blocks": [1, 1], "transformer_depth": [1, 0], "transformer_depth_middle": 1,
+        "transformer_depth_output": [1, 1, 0, 0], "context_dim": 24, "use_spatial_transformer": True,
+        "legacy": False, "use_checkpoint": False, "use_temporal_attention": False,
+    }
+    return SmallModel("sd15", build(supported.SD15, sizes, seed), channels=4, width=24)
+
+
 def sdxl(seed: int) -> SmallModel:
     """SDXL: EPS, two attention sizes of different depth, pooled text and size conditioning."""
     sizes = {

@@ -10,7 +10,7 @@ from artifact_guard.nodes.fam.lora_settings import FlawAwareSettings
 from artifact_guard.nodes.fam.lora_state import run_tensors
 from artifact_guard.nodes.fam.training_data import LatentData
 
-from tests.small_models import small_model
+from tests.small_models import shallow_sd15
 
 
 class RoughPlaces(torch.nn.Module):
@@ -81,9 +81,9 @@ def start(small, setting, model=None, rank=3, prompts=2):
         return FlawAwareTraining(copy, weights.parameters, data, sampling, setting), weights
 
 
-def trained(family="sd15", model=None, **changes):
+def trained(**changes):
     """A finished run's tensors."""
-    training, _ = start(small_model(family), settings(**changes), model)
+    training, _ = start(shallow_sd15(), settings(**changes))
     training.run()
     return run_tensors(training)
 

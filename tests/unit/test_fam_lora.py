@@ -12,7 +12,7 @@ from artifact_guard.nodes.fam.phases import Phases
 from artifact_guard.nodes.fam.training_data import LatentData
 from artifact_guard.nodes.fam.weight_average import WeightAverage
 
-from tests.small_models import sample, small_model
+from tests.small_models import sample, shallow_sd15, small_model
 from tests.unit.fam_lora_support import equal, run_until, settings, smooth_latents, start, trained
 
 pytestmark = pytest.mark.usefixtures("repeatable")
@@ -43,7 +43,7 @@ def test_strength_zero_is_ordinary_training_bit_for_bit():
 
 
 def test_the_base_phase_knows_no_map():
-    small = small_model("sd15")
+    small = shallow_sd15()
     runs = []
     for strength in (0.0, 0.5):
         training, _ = start(small, settings(attention_strength=strength))
@@ -54,7 +54,7 @@ def test_the_base_phase_knows_no_map():
 
 def test_maps_are_renewed_when_due_and_come_from_the_average():
     """The batch is sampled from the averaged weights, and the weights in training are back afterwards."""
-    training, _ = start(small_model("sd15"), settings(8, base_fraction=0.25, map_every=3))
+    training, _ = start(shallow_sd15(), settings(8, base_fraction=0.25, map_every=3))
     name, parameter = next(iter(training.parameters.items()))
     seen, samples = [], training.sampling.samples
 
@@ -110,7 +110,7 @@ def test_noise_is_left_alone_on_latents():
 @pytest.fixture(scope="module")
 def uninterrupted():
     """A whole run: its tensors, when its maps were judged, its losses."""
-    whole, _ = start(small_model("sd15"), settings())
+    whole, _ = start(shallow_sd15(), settings())
     whole.run()
     return run_tensors(whole), whole.progress.judged, whole.progress.losses
 
@@ -118,7 +118,7 @@ def uninterrupted():
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])
 def test_interrupted_and_resumed_equals_uninterrupted(stop, uninterrupted):
     """Stopped in the base phase, at its border, between two maps, and where a map is due."""
-    small = small_model("sd15")
+    small = shallow_sd15()
     part, _ = start(small, settings())
     run_until(part, stop)
     tensors, state = run_tensors(part), describe(part, 3) | {"step": stop, "judged": part.progress.judged}
@@ -131,7 +131,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(stop, uninterrupted):
 
 
 def test_a_longer_resumed_run_keeps_its_phase_border():
-    small = small_model("sd15")
+    small = shallow_sd15()
     part, _ = start(small, settings(6))
     run_until(part, 2)
     state = describe(part, 3) | {"step": 2, "judged": []}
@@ -143,7 +143,7 @@ def test_a_longer_resumed_run_keeps_its_phase_border():
 @pytest.mark.parametrize("patched", [False, True])
 def test_the_model_given_is_unchanged_bit_for_bit(patched):
     """Its weights, flags and samples; also when a LoRA's patches are in its weights as training begins."""
-    small = small_model("sd15")
+    small = shallow_sd15()
     model = small.model
     if patched:
         key = "diffusion_model.middle_block.1.proj_in.weight"
@@ -182,7 +182,7 @@ def test_average_by_hand():
 
 
 def test_lora_starts_as_nothing_and_depends_on_its_seed():
-    small = small_model("sd15")
+    small = shallow_sd15()
     with torch.inference_mode(False):
         state = torch.get_rng_state()
         loras = [LoRAWeights(training_copy(small.model), 2, seed) for seed in (0, 0, 1)]

@@ -13,7 +13,7 @@ from comfy.conds import CONDRegular
 
 from nodes import ConditioningSetTimestepRange
 
-from tests.small_models import small_model
+from tests.small_models import shallow_sd15, small_model
 from tests.unit.fam_lora_support import RoughPlaces, SameForAll, ToyVAE, rough_highlighter, smooth_latents
 from tests.unit.test_fam_lora_models import train
 
@@ -27,7 +27,7 @@ class Broken(ToyVAE):
 
 @pytest.fixture(scope="module")
 def small():
-    return small_model("sd15")
+    return shallow_sd15()
 
 
 @pytest.mark.parametrize(

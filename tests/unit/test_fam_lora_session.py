@@ -21,7 +21,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from comfy_extras.nodes_train import LoraModelLoader
 from safetensors import safe_open
 
-from tests.small_models import small_model
+from tests.small_models import shallow_sd15, small_model
 from tests.unit.fam_lora_support import RoughPlaces, ToyVAE, equal, rough_highlighter, settings, start
 from tests.unit.test_fam_lora_models import train
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("repeatable")
 
 @pytest.fixture
 def small():
-    return small_model("sd15")
+    return shallow_sd15()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tests.bench.timing import on_gpu, peak_bytes
 
 GUARD, PUBLISHED = "guard, nothing found", "guard by the published rule, nothing found"
 
-STEPS = {"off": 4, GUARD: 100, PUBLISHED: 50, "TAG": 4, "flaw attention patch": 4}
+STEPS = {"off": 4, GUARD: 30, PUBLISHED: 20, "TAG": 4, "flaw attention patch": 4}
 """Of each run. The guard keeps more and more until it decides; what the others keep is there from the second step on."""
 
 LONG, LONGER, NUMBERS = 200, 400, 64
