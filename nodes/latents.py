@@ -157,6 +157,18 @@ def pixels(fraction: float, side: int, minimum: int = 0) -> int:
     return max(minimum, math.floor(fraction * side + 0.5))
 
 
+def image_channels(latent_format) -> int | None:
+    """Channels of a model's images or videos; None if its latent format does not say.
+
+    A format of video with audio may say the larger number of its two streams (MiniMax H3: 32 of the audio, its video has 24). The
+    factors of its previews tell, which are one for each channel unless they are for latents of another shape (Flux 2).
+    """
+    channels, factors = getattr(latent_format, "latent_channels", None), getattr(latent_format, "latent_rgb_factors", None)
+    if channels is None or factors is None or getattr(latent_format, "latent_rgb_factors_reshape", None) is not None:
+        return channels
+    return len(factors)
+
+
 def check_latent(samples: torch.Tensor, latent_format, nested: bool) -> None:
     """Refuse a latent that the model cannot sample, in words, before sampling starts.
 
@@ -171,7 +183,7 @@ def check_latent(samples: torch.Tensor, latent_format, nested: bool) -> None:
             "The latent holds NaN or infinite values, so no model can sample it. It was damaged before it came here: "
             "a VAE in fp16 or an earlier sampler is the usual cause."
         )
-    wanted, came = getattr(latent_format, "latent_channels", None), samples.shape[1]
+    wanted, came = image_channels(latent_format), samples.shape[1]
     if wanted is not None and not nested and samples.ndim >= 4 and came != wanted:
         raise ValueError(
             f"The latent has {came} channels and this model works on {wanted}. Use the Empty Latent node that belongs "

@@ -4,6 +4,7 @@ import statistics
 
 import torch
 
+from ..latents import image_channels
 from .levels import TIMES, Schedule
 from .predictor import ModelKind, TimePredictor
 
@@ -23,7 +24,7 @@ def kind_of(model) -> ModelKind:
     schedule = Schedule.of(model.get_model_object("model_sampling")).level(SCHEDULE_TIMES)
     return ModelKind(
         type(latent_format).__name__,
-        int(latent_format.latent_channels),
+        image_channels(latent_format),
         model.model.model_type.name,
         tuple(round(value, 4) for value in schedule.tolist()),
     )

@@ -1,12 +1,15 @@
 """The time predictor and its training: any size and channels, seeded, resumable, kept when cancelled."""
 
 from dataclasses import replace
+from unittest import mock
 
+import comfy.latent_formats as latent_formats
 import comfy.model_management
 import comfy.utils
 import pytest
 import torch
 from artifact_guard.nodes.demo.model import load_demo_model
+from artifact_guard.nodes.latents import image_channels
 from artifact_guard.nodes.tag import train_node
 from artifact_guard.nodes.tag.compatibility import kind_of
 from artifact_guard.nodes.tag.levels import Schedule, alpha_and_variance
@@ -20,7 +23,7 @@ from artifact_guard.nodes.tag.training import TrainingData, held_out_time_gap, l
 from tests.exact.denoiser import ExactDenoiser
 from tests.exact.model import conditioning, exact_model
 from tests.exact.time_posterior import log_time_posterior
-from tests.small_models import small_model
+from tests.small_models import not_in_this_release, small_model
 from tests.unit.tag_support import fresh_predictor, guide, images, model, trainer
 
 
@@ -377,3 +380,23 @@ def test_a_predictor_that_is_no_number_is_not_saved(tmp_path):
         next(predictor.network.parameters()).fill_(torch.nan)
     with pytest.raises(ValueError, match="time_predictor: .* holds NaN .* was not saved.*lower learning_rate"):
         save_predictor(predictor, "broken")
+
+
+def test_a_format_of_video_with_audio_is_trained_on_its_videos_channels():
+    """MiniMax H3's format says the 32 channels of its audio; its video has 24, as many as its previews have factors."""
+    if not hasattr(latent_formats, "MiniMaxH3AV"):
+        not_in_this_release("has no MiniMaxH3AV")
+    patcher = small_model("wan").model.clone()
+    patcher.add_object_patch("latent_format", latent_formats.MiniMaxH3AV())
+    latents = {"samples": torch.randn(4, 24, 2, 8, 8, generator=torch.Generator().manual_seed(0))}
+    with mock.patch.object(patcher.model, "latent_format", latent_formats.MiniMaxH3AV()):
+        predictor = train_node_run(patcher, latents, steps=2)[0]
+    assert predictor.kind.channels == predictor.network.channels == 24
+    with pytest.raises(ValueError, match="has 32 channels and this model works on 24"):
+        train_node_run(patcher, {"samples": torch.zeros(4, 32, 2, 8, 8)})
+
+
+def test_channels_of_every_format_of_core():
+    kinds = [kind for kind in vars(latent_formats).values() if isinstance(kind, type) and issubclass(kind, latent_formats.LatentFormat)]
+    apart = {kind.__name__ for kind in kinds if image_channels(kind()) != kind().latent_channels}
+    assert len(kinds) > 20 and apart <= {"MiniMaxH3AV"}
