@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.contract import NODES, Listed
 from tests.harness.client import ExecutionFailed
 from tests.harness.quickstart import CURVES, REGIONS, WITH, WITHOUT, WORKFLOW
 from tests.harness.quickstart import find, pictures, report_summary, save_node, upstream, with_inputs
 from tests.harness.server import PACK_NAME
 
-from .contract import DEFAULTS, NODES
 
 pytestmark = pytest.mark.server
 
@@ -53,24 +53,19 @@ def test_node_is_as_contracted(object_info, node_id):
         expected.category,
         expected.output_node,
     )
-    for group in ("required", "optional"):
-        inputs = info["input"].get(group, {})
-        wanted = getattr(expected, group)
-        assert info["input_order"].get(group, []) == [name for name, _ in wanted]
-        for name, kind in wanted:
-            told, options = inputs[name]
-            if isinstance(kind, str):
-                assert told == kind, name
-            else:
-                assert told == "COMBO", name
-                assert kind is None or options["options"] == kind
+    for group, optional in (("required", False), ("optional", True)):
+        wanted = [i for i in expected.inputs if i.optional == optional]
+        assert info["input_order"].get(group, []) == [i.name for i in wanted]
+        for name, kind, default, _ in wanted:
+            told, options = info["input"][group][name]
+            assert told == (kind if isinstance(kind, str) else "COMBO"), name
+            assert not isinstance(kind, list) or options["options"] == kind, name
+            assert isinstance(kind, Listed) or options.get("default") == default, name
             assert options.get("tooltip"), f"{name} has no tooltip"
     assert list(zip(info["output_name"], info["output"])) == expected.outputs
     assert all(info["output_tooltips"])
     assert info["description"] and "\n" not in info["description"]
     assert info["search_aliases"]
-    required = info["input"].get("required", {})
-    assert {name: required[name][1]["default"] for name in DEFAULTS.get(node_id, {})} == DEFAULTS.get(node_id, {})
 
 
 def test_sampler_begins_with_all_that_core_has(object_info):
@@ -203,7 +198,7 @@ def test_help_page_is_where_the_page_looks_for_it(comfy_server, node_id):
     folder = f"/extensions/{PACK_NAME}/docs/"
     text = comfy_server.request(f"{folder}{node_id}.md").decode()
     assert text.startswith(f"# {NODES[node_id].display_name}\n")
-    for name, _ in NODES[node_id].required + NODES[node_id].optional + NODES[node_id].outputs:
+    for name, *_ in NODES[node_id].inputs + NODES[node_id].outputs:
         assert f"`{name}`" in text, f"{name} is not explained"
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
         assert Image.open(io.BytesIO(comfy_server.request(folder + picture))).size

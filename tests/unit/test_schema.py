@@ -13,161 +13,32 @@ import folder_paths
 import nodes as core_nodes
 import pytest
 from artifact_guard.nodes import NODES
+from artifact_guard.nodes.fam.lora_state import run_names
 
+from tests.contract import NODES as CONTRACT
+from tests.contract import SAMPLERS, SCHEDULERS, TRAINING_RUNS, Input, Listed
 from tests.harness.pack import ROOT
 
-SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
-MODES = ["correct", "detect only"]
-CLOTHES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-FILES = "the files of this models folder at the moment: "
-TIME_PREDICTORS = FILES + "time_predictors"
-FLAW_HIGHLIGHTERS = FILES + "flaw_highlighters"
 LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
-OPTIONAL = "optional"
-
-# Node id: display name, folder, inputs (id, type, default or choices), outputs (id, type). A change here breaks workflows
-# that people saved.
-CONTRACT = {
-    "ASCEDGuard": (
-        "ASCED Artifact Guard", "ASCED",
-        [("model", "MODEL"), ("mode", "COMBO", MODES, "correct"), ("sensitivity", "FLOAT", 1.0),
-         ("strength", "FLOAT", 1.0), ("window", "COMBO", ["auto", "manual"], "auto"), ("detect_from", "FLOAT", 0.1),
-         ("correct_at", "FLOAT", 0.4), ("options", "ASCED_OPTIONS", OPTIONAL), ("region", "MASK", OPTIONAL)],
-        [("model", "MODEL"), ("report", "ARTIFACT_REPORT")],
-    ),
-    "ASCEDOptions": (
-        "ASCED Options", "ASCED",
-        [("detector", "COMBO", ["clean estimate", "weighted score", "score dynamics"], "score dynamics"),
-         ("correction", "COMBO", ["targeted", "state replacement", "score clipping", "surroundings"], "surroundings"),
-         ("reverse_step", "INT", 1), ("blur", "FLOAT", 2 / 256), ("min_area", "FLOAT", 0.0015),
-         ("max_area", "FLOAT", 0.15), ("min_width", "FLOAT", 5 / 256), ("dilate", "FLOAT", 5 / 256),
-         ("rounds", "INT", 1), ("noise_seed", "INT", 0), ("keep_unguarded", "BOOLEAN", OPTIONAL)],
-        [("options", "ASCED_OPTIONS")],
-    ),
-    "ASCEDKSampler": (
-        "KSampler (ASCED)", "ASCED",
-        [("model", "MODEL"), ("seed", "INT", 0), ("steps", "INT", 20), ("cfg", "FLOAT", 8.0),
-         ("sampler_name", "COMBO", SAMPLERS, None), ("scheduler", "COMBO", SCHEDULERS, None),
-         ("positive", "CONDITIONING"), ("negative", "CONDITIONING"), ("latent_image", "LATENT"),
-         ("denoise", "FLOAT", 1.0), ("mode", "COMBO", MODES, "correct"), ("sensitivity", "FLOAT", 1.0),
-         ("strength", "FLOAT", 1.0), ("options", "ASCED_OPTIONS", OPTIONAL)],
-        [("latent", "LATENT"), ("artifact_mask", "MASK"), ("report", "ARTIFACT_REPORT")],
-    ),
-    "ASCEDReport": (
-        "ASCED Report", "ASCED",
-        [("report", "ARTIFACT_REPORT"), ("latent", "LATENT"), ("image", "IMAGE", OPTIONAL)],
-        [("artifact_mask", "MASK"), ("overlay", "IMAGE"), ("curves", "IMAGE"), ("artifact_fraction", "FLOAT"),
-         ("summary", "STRING")],
-    ),
-    "ASCEDUnguarded": (
-        "ASCED Unguarded Result", "ASCED",
-        [("report", "ARTIFACT_REPORT"), ("latent", "LATENT")],
-        [("latent", "LATENT")],
-    ),
-    "FAMTrainFlawHighlighter": (
-        "Train Flaw Highlighter (FAM)", "FAM",
-        [("real", "IMAGE"), ("generated", "IMAGE"), ("epochs", "INT", 10), ("batch_size", "INT", 64),
-         ("learning_rate", "FLOAT", 2e-5), ("image_size", "INT", 256), ("seed", "INT", 0),
-         ("backbone", "COMBO", ["vgg16", "small"], "vgg16"), ("flaw_highlighter", "FLAW_HIGHLIGHTER", OPTIONAL)],
-        [("flaw_highlighter", "FLAW_HIGHLIGHTER"), ("curves", "IMAGE"), ("accuracy", "FLOAT")],
-    ),
-    "FAMSaveFlawHighlighter": (
-        "Save Flaw Highlighter", "FAM",
-        [("flaw_highlighter", "FLAW_HIGHLIGHTER"), ("filename_prefix", "STRING", "highlighter")], [],
-    ),
-    "FAMLoadFlawHighlighter": (
-        "Load Flaw Highlighter", "FAM", [("name", "COMBO", FLAW_HIGHLIGHTERS, None)],
-        [("flaw_highlighter", "FLAW_HIGHLIGHTER")],
-    ),
-    "FAMFlawMap": (
-        "Flaw Map (FAM)", "FAM",
-        [("flaw_highlighter", "FLAW_HIGHLIGHTER"), ("image", "IMAGE"),
-         ("reduce", "COMBO", ["each image", "batch mean"], "each image")],
-        [("flaw_map", "MASK"), ("overlay", "IMAGE"), ("generated_probability", "FLOAT")],
-    ),
-    "FAMAttentionPatch": (
-        "Flaw Attention Patch (FAM)", "FAM",
-        [("model", "MODEL"), ("flaw_map", "MASK"), ("strength", "FLOAT", 0.025),
-         ("target", "COMBO", ["key and value", "key", "value"], "key and value"), ("start_percent", "FLOAT", 0.0),
-         ("end_percent", "FLOAT", 1.0), ("blocks", "STRING", "")],
-        [("model", "MODEL")],
-    ),
-    "FAMNoise": (
-        "Flaw Noise (FAM)", "FAM", [("noise", "NOISE"), ("flaw_map", "MASK"), ("strength", "FLOAT", 0.01)],
-        [("noise", "NOISE")],
-    ),
-    "FAMRefine": (
-        "Refine Flaws (FAM)", "FAM",
-        [("model", "MODEL"), ("vae", "VAE"), ("flaw_highlighter", "FLAW_HIGHLIGHTER"), ("positive", "CONDITIONING"),
-         ("negative", "CONDITIONING"), ("latent", "LATENT"), ("seed", "INT", 0), ("steps", "INT", 20),
-         ("cfg", "FLOAT", 8.0), ("sampler_name", "COMBO", SAMPLERS, None), ("scheduler", "COMBO", SCHEDULERS, None),
-         ("denoise", "FLOAT", 0.35), ("rounds", "INT", 1), ("attention_strength", "FLOAT", 0.025),
-         ("noise_strength", "FLOAT", 0.0), ("threshold", "FLOAT", 0.5),
-         ("start_from", "COMBO", OPTIONAL), ("grow", "FLOAT", OPTIONAL)],
-        [("latent", "LATENT"), ("flaw_map", "MASK"), ("probabilities", "STRING")],
-    ),
-    "FAMTrainLoRA": (
-        "Train Flaw-aware LoRA (FAM)", "FAM",
-        [("model", "MODEL"), ("vae", "VAE"), ("flaw_highlighter", "FLAW_HIGHLIGHTER"), ("latents", "LATENT"),
-         ("positive", "CONDITIONING"), ("steps", "INT", 1000), ("base_fraction", "FLOAT", 0.5), ("map_every", "INT", 100),
-         ("attention_strength", "FLOAT", 0.025), ("noise_strength", "FLOAT", 0.01), ("rank", "INT", 8),
-         ("learning_rate", "FLOAT", 5e-4), ("batch_size", "INT", 1), ("seed", "INT", 0), ("negative", "CONDITIONING", OPTIONAL),
-         ("map_images", "INT", OPTIONAL), ("map_steps", "INT", OPTIONAL), ("map_cfg", "FLOAT", OPTIONAL),
-         ("training_dtype", "COMBO", OPTIONAL), ("gradient_checkpointing", "BOOLEAN", OPTIONAL), ("save_every", "INT", OPTIONAL),
-         ("resume", "COMBO", OPTIONAL)],
-        [("lora", "LORA_MODEL"), ("curves", "IMAGE"), ("flaw_map", "MASK")],
-    ),
-    "TAGTrainTimePredictor": (
-        "Train Time Predictor (TAG)", "TAG",
-        [("model", "MODEL"), ("latents", "LATENT"), ("steps", "INT", 3000), ("batch_size", "INT", 128),
-         ("learning_rate", "FLOAT", 1e-4), ("seed", "INT", 0), ("conditioning", "CONDITIONING", OPTIONAL),
-         ("time_predictor", "TIME_PREDICTOR", OPTIONAL)],
-        [("time_predictor", "TIME_PREDICTOR"), ("loss_curve", "IMAGE"), ("time_gap", "FLOAT")],
-    ),
-    "TAGSaveTimePredictor": (
-        "Save Time Predictor", "TAG",
-        [("time_predictor", "TIME_PREDICTOR"), ("filename_prefix", "STRING", "time_predictor")], [],
-    ),
-    "TAGLoadTimePredictor": (
-        "Load Time Predictor", "TAG", [("name", "COMBO", TIME_PREDICTORS, None)],
-        [("time_predictor", "TIME_PREDICTOR")],
-    ),
-    "TemporalAlignmentGuidance": (
-        "Temporal Alignment Guidance (TAG)", "TAG",
-        [("model", "MODEL"), ("strength", "FLOAT", 1.0), ("mode", "COMBO", ["relative", "score", "shift"], "relative"),
-         ("start_percent", "FLOAT", 0.0), ("end_percent", "FLOAT", 1.0),
-         ("time_predictor", "TIME_PREDICTOR", OPTIONAL), ("estimate", "COMBO", OPTIONAL), ("ask_at", "COMBO", OPTIONAL)],
-        [("model", "MODEL"), ("report", "TIME_GAP_REPORT")],
-    ),
-    "TAGTimeGap": (
-        "Time Gap (TAG)", "TAG", [("report", "TIME_GAP_REPORT"), ("latent", "LATENT")],
-        [("time_gap", "FLOAT"), ("curve", "IMAGE"), ("summary", "STRING")],
-    ),
-    "ArtifactGuard": (
-        "Artifact Guard (all in one)", "",
-        [("model", "MODEL"), ("strength", "FLOAT", 1.0), ("use_asced", "BOOLEAN", True), ("use_tag", "BOOLEAN", True),
-         ("time_predictor", "TIME_PREDICTOR", OPTIONAL), ("flaw_map", "MASK", OPTIONAL)],
-        [("model", "MODEL"), ("artifacts", "ARTIFACT_REPORT"), ("time_gaps", "TIME_GAP_REPORT")],
-    ),
-    "ArtifactGuardDemoModel": ("Load Demo Model", "Demo", [], [("model", "MODEL"), ("vae", "VAE")]),
-    "ArtifactGuardDemoCondition": (
-        "Demo Class", "Demo", [("label", "COMBO", CLOTHES, "t-shirt")],
-        [("positive", "CONDITIONING"), ("negative", "CONDITIONING")],
-    ),
-}
 
 BY_ID = {node.GET_SCHEMA().node_id: node for node in NODES}
 each_node = pytest.mark.parametrize("node", BY_ID.values(), ids=BY_ID)
 
 
-def described(value):
-    """An input or output of a schema in the form of CONTRACT."""
-    entry = (value.id, value.get_io_type())
-    if getattr(value, "optional", False):
-        return (*entry, OPTIONAL)
-    if entry[1] == "COMBO":
-        return (*entry, list(value.options), value.default)
-    return entry if getattr(value, "default", None) is None else (*entry, value.default)
+def described(value) -> Input:
+    """An input of a schema in the form of the contract."""
+    kind = list(value.options) if value.get_io_type() == "COMBO" else value.get_io_type()
+    return Input(value.id, kind, getattr(value, "default", None), bool(value.optional))
+
+
+def listed(kind):
+    """What the contract's choices are here and now; a type as it is."""
+    if not isinstance(kind, Listed):
+        return kind
+    if kind == TRAINING_RUNS:
+        return run_names()
+    core = {SAMPLERS: comfy.samplers.KSampler.SAMPLERS, SCHEDULERS: comfy.samplers.KSampler.SCHEDULERS}
+    return core[kind] if kind in core else folder_paths.get_filename_list(kind.what)
 
 
 def test_the_pack_has_these_nodes_and_no_others():
@@ -182,14 +53,12 @@ def test_the_pack_has_these_nodes_and_no_others():
 @each_node
 def test_sockets_and_widgets_are_the_contract(node):
     """Ids, types, order, defaults and choices of everything a saved workflow refers to."""
-    schema = node.GET_SCHEMA()
-    name, folder, inputs, outputs = CONTRACT[schema.node_id]
-    assert (schema.display_name, schema.category) == (name, f"Artifact Guard/{folder}".rstrip("/"))
-    inputs = [
-        tuple(folder_paths.get_filename_list(f[len(FILES):]) if str(f).startswith(FILES) else f for f in i) for i in inputs
-    ]
-    assert [described(i) for i in schema.inputs] == inputs
-    assert [(o.id, o.get_io_type()) for o in schema.outputs] == outputs
+    schema, wanted = node.GET_SCHEMA(), CONTRACT[node.GET_SCHEMA().node_id]
+    assert (schema.display_name, schema.category, schema.is_output_node) == (
+        wanted.display_name, wanted.category, wanted.output_node
+    )
+    assert [described(i) for i in schema.inputs] == [i._replace(kind=listed(i.kind)) for i in wanted.inputs]
+    assert [(o.id, o.get_io_type()) for o in schema.outputs] == wanted.outputs
 
 
 @each_node
@@ -224,11 +93,9 @@ def test_defaults_lie_in_their_ranges(node):
 
 
 def test_flags():
-    """Two guards never share a cached report, and the report node runs without anything behind it."""
+    """Two guards never share a cached report."""
     assert BY_ID["ASCEDGuard"].GET_SCHEMA().not_idempotent
     assert BY_ID["TemporalAlignmentGuidance"].GET_SCHEMA().not_idempotent
-    outputs = {name for name, node in BY_ID.items() if node.GET_SCHEMA().is_output_node}
-    assert outputs == {"ASCEDReport", "TAGSaveTimePredictor", "TAGTimeGap", "FAMSaveFlawHighlighter"}
 
 
 def test_the_sampler_node_begins_like_cores():
