@@ -59,7 +59,8 @@ class FAMTrainLoRA(io.ComfyNode):
                                "in one batch. ComfyUI starts a whole training for every entry of a list: make a batch of it (Rebatch "
                                "Latents)."),
                 io.Conditioning.Input("positive", tooltip="One prompt for all images, or one each in the same order "
-                                      "(core's Conditioning (Combine))."),
+                                      "(core's Conditioning (Combine)). Reference pictures of an editing model: one for all, "
+                                      "or one for each image."),
                 io.Int.Input("steps", default=defaults.steps, min=1, max=1000000, tooltip="Training steps of the whole run, "
                              "both phases. More learns more of your images, and forgets more of the rest."),
                 io.Float.Input("base_fraction", default=defaults.base_fraction, min=0.0, max=1.0, step=0.01,
