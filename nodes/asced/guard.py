@@ -50,6 +50,8 @@ class GuardedRun:
     """The guard's state in one call of a sampler: made when sampling starts, gone when it ends.
 
     schedule: the run's sigmas, on the CPU. steps: the coefficients (a, b) of all but the last.
+    begun: the sample that a leg after a restart begins with, until the model was asked, and its sigma. A sampler may ask as if it
+    had another.
     keep_unguarded: the first leg of a run that is repaired runs to its end, with the restart `waiting` until then; `unguarded` is
     what the sampler gave there, and the sigma it ended at.
     """
@@ -64,6 +66,7 @@ class GuardedRun:
         self.model_sampling = model_sampling
         self.schedule = schedule
         self.coefficients = steps
+        self.begun: tuple[torch.Tensor, torch.Tensor] | None = None
         self.waiting: Restart | None = None
         self.unguarded: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -86,6 +89,8 @@ class GuardedRun:
                 if self.waiting is None:
                     if remaining is not sigmas:
                         sigmas[-1] = remaining[-1]
+                    if probe.calls == 0:
+                        self.watch.give_up("this sampler asks the model past the guard")
                     self.watch.finish()
                     return result
                 self.unguarded = (result, remaining[-1])
@@ -98,6 +103,7 @@ class GuardedRun:
                 self.record.model_calls += probe.calls
             x, known = restart.x, None
             remaining = self._rest_of_schedule(restart.sigma, sigmas)
+            self.begun = x, remaining[0]
             if restart.denoised is not None:
                 known = Answer(x, remaining[0], restart.denoised)
             first_step = len(sigmas) - len(remaining)
@@ -114,18 +120,22 @@ class GuardedRun:
     def _redraw(self, x: torch.Tensor, sigma: torch.Tensor) -> None:
         """Before the model is asked about the next step of the schedule: draw again what of a repair fell back.
 
-        The question that is about to be asked is then asked of the redrawn sample, so that it costs no model call.
+        The question that is about to be asked is then asked of the redrawn sample, so that it costs no model call. Two steps at
+        least are left to the sampler: uni_pc takes none at all where one is.
         """
         if not self._asked_of_repair(x) or self.watch.repair.falling is None:
             return
         sigma = sigma.reshape(-1)[0].cpu()
         step = int((self.schedule - sigma).abs().argmin())
-        if abs(self.schedule[step] - sigma) > SAME_SIGMA * sigma or step == len(self.coefficients):
+        if abs(self.schedule[step] - sigma) > SAME_SIGMA * sigma or step >= len(self.coefficients) - 1:
             return
         raise Restart(self, self.watch.redraw(x, *self.coefficients[step]), self.schedule[step])
 
     def _judge(self, x: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor) -> None:
         """Have a repair judged by the model's answers to it, and put back what it made worse."""
+        begun, self.begun = self.begun, None
+        if begun is not None and x is begun[0]:
+            sigma = begun[1]
         if not self._asked_of_repair(x) or self.watch.repair.settled:
             return
         sigma = sigma.reshape(-1)[0]
@@ -153,7 +163,9 @@ class GuardedRun:
                 callback({**info, "i": step} if first_step else info)
             if self.watch.done or self.waiting is not None:
                 return
-            if probe.last is None or probe.last[0].shape != shape or info["x"].shape != shape:
+            if probe.last is None:  # some report where they begin, before they ask
+                return
+            if probe.last[0].shape != shape or info["x"].shape != shape:
                 self.watch.give_up("this sampler changes the size of the latent while it runs")
                 return
             x, sigma, denoised = probe.accepted(info)
@@ -209,6 +221,12 @@ def reason_not_to_guard(sampler, model_sampling, sigmas: list[float], layout: Fr
     if coefficients(model_sampling, sigmas[0])[1] == 0:
         return "this model's sampling adds no noise, so nothing can be renoised"
     return None
+
+
+def have_keyframes(conds: dict[str, list[dict]]) -> bool:
+    """Whether a hook on some prompt of a run changes its strength on the way."""
+    groups = (cond["hooks"] for entries in conds.values() for cond in entries if cond.get("hooks") is not None)
+    return any(len(hook.hook_keyframe.keyframes) > 1 for group in groups for hook in group.hooks)
 
 
 def may_restart(wrapper) -> bool:
@@ -302,6 +320,9 @@ class GuardPatch:
         if keep_unguarded and self.settings.mode == "correct" and sum(map(may_restart, executor.wrappers)) > 1:
             keep_unguarded = False
             record.refuse_unguarded("another guard on the same model may restart the run before it is there")
+        elif keep_unguarded and self.settings.mode == "correct" and have_keyframes(model_wrap.conds):
+            keep_unguarded = False
+            record.refuse_unguarded("hooks with keyframes are on the prompts, and ComfyUI goes through these only once in a run")
         run = GuardedRun(record, watch, model_sampling, schedule, steps, keep_unguarded)
         guarded = copy.copy(sampler)
         guarded.sampler_function = functools.wraps(sampler.sampler_function)(

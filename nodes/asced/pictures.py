@@ -50,7 +50,8 @@ def repair_title(record: RunRecord) -> str:
 
 
 def draw_overlay(record: RunRecord, latent: dict, image: torch.Tensor | None) -> torch.Tensor:
-    """The regions over the image, one picture a mask; without an image over a preview of the latent.
+    """The regions over the image, one picture a mask; without an image over a preview of the latent, whose frames have to be as many
+    as the run's: of a part of a batch nobody knows which it is, and no regions are drawn.
 
     Raises:
         ValueError: the number of images is neither one nor that of the masks.
@@ -58,8 +59,8 @@ def draw_overlay(record: RunRecord, latent: dict, image: torch.Tensor | None) ->
     mask = record.artifact_mask()
     if image is None:
         image = preview_latent(latent["samples"], record.latent_format)
-        if record.regions is not None:  # a picture a latent frame, and no more of them than the run had
-            mask, image = (frames[: min(len(record.regions), len(image))] for frames in (record.regions.float(), image))
+        if record.regions is not None:  # a picture a latent frame
+            mask = record.regions.float() if len(image) == len(record.regions) else torch.zeros(image.shape[:3])
     elif len(image) not in (1, len(mask)):
         raise ValueError(
             f"image: {len(image)} pictures came for a run of {len(mask)}. Connect the decoded output of the same sampler."

@@ -38,20 +38,22 @@ class ModelProbe:
     def __init__(self, model, known: Answer | None, options: dict | None, before, judge):
         self.__dict__.update(model=model, known=known, options=options, before=before, judge=judge, calls=0, last=None)
 
-    def __call__(self, x, sigma, **kwargs):
+    def __call__(self, x, sigma, *more, **kwargs):
         self.before(x, sigma)
         known = self.known
         self.__dict__.update(known=None, last=None)  # no sample is kept while the model is at work
-        if known is not None and kwargs.get("model_options") is self.options and known.fits(x, sigma):
+        if known is not None and not more and kwargs.get("model_options") is self.options and known.fits(x, sigma):
             denoised = known.denoised
         else:
-            denoised = self.model(x, sigma, **kwargs)
+            denoised = self.model(x, sigma, *more, **kwargs)
             self.__dict__["calls"] = self.calls + 1
         self.__dict__["last"] = (x, sigma, denoised)
         self.judge(x, sigma, denoised)
         return denoised
 
     def __getattr__(self, name):
+        if "model" not in self.__dict__:  # a copy that is being made
+            raise AttributeError(name)
         return getattr(self.model, name)
 
     def __setattr__(self, name, value):
@@ -61,11 +63,14 @@ class ModelProbe:
         """(x, sigma, denoised) of the step that the sampler reports by `info`.
 
         The model's last call tells it, but for the adaptive solver: that tries steps before it takes them, and there
-        the callback has the accepted ones.
+        the callback has the accepted ones. And a sampler may tell the model another sigma than its sample has, so that more
+        detail is drawn: where it reports the very sample that it asked about, the noise is as much as it reports.
         """
         if "n_accept" in info:
             return info["x"], torch.as_tensor(info["sigma"]), info["denoised"]
-        return self.last
+        x, sigma, denoised = self.last
+        told = info.get("sigma_hat", info.get("sigma"))
+        return x, sigma if told is None or info["x"] is not x else torch.as_tensor(told), denoised
 
 
 def keeps_to_schedule(sampler_function, options: dict) -> bool:

@@ -1,5 +1,6 @@
 """What a guard found, did and cost: one record a sampler run, kept in the report that the guard node puts out."""
 
+import functools
 import math
 from dataclasses import asdict
 
@@ -39,6 +40,7 @@ class RunRecord:
         self.regions: torch.Tensor | None = None
         self.peak: torch.Tensor | None = None
         self.onset: torch.Tensor | None = None
+        self.repairs: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self.repaired: torch.Tensor | None = None
         self.doubted: torch.Tensor | None = None
         self.undone: torch.Tensor | None = None
@@ -84,9 +86,7 @@ class RunRecord:
 
     def add_repair(self, mask: torch.Tensor, doubted: torch.Tensor | None) -> None:
         """Take in a repair: what was renoised, and what of it from before its onset, both (F, H, W) bool."""
-        self.repaired = mask if self.repaired is None else self.repaired | mask
-        if doubted is not None:
-            self.doubted = doubted if self.doubted is None else (self.doubted & ~mask) | doubted
+        self.repairs.append((mask, doubted))
         self.restarts += 1
 
     def add_redraw(self) -> None:
@@ -94,9 +94,12 @@ class RunRecord:
         self.redraws += 1
 
     def undo(self, mask: torch.Tensor) -> None:
-        """Take in that a repair was put back: where, (F, H, W) bool."""
-        self.undone = mask if self.undone is None else self.undone | mask
-        self.repaired = self.repaired & ~mask
+        """Take in that the newest repair was put back: where, (F, H, W) bool. What an earlier one renoised there is in the sample
+        again, as that one left it."""
+        renoised, doubted = self.repairs[-1]
+        self.repairs[-1] = renoised & ~mask, doubted
+        gone = functools.reduce(lambda left, repair: left & ~repair[0], self.repairs[:-1], mask)
+        self.undone = gone if self.undone is None else self.undone | gone
 
     def keep_unguarded(self, samples: torch.Tensor) -> None:
         """Take in what the run would have given without its repairs, a sampler's tensor in the latent's own units."""
@@ -111,6 +114,11 @@ class RunRecord:
         """The run is over: bring everything to the CPU and remember what its output looks like."""
         self.speed.close()
         if self.layout is not None:
+            for mask, doubted in self.repairs:
+                self.repaired = mask if self.repaired is None else self.repaired | mask
+                if doubted is not None:
+                    self.doubted = doubted & mask if self.doubted is None else (self.doubted & ~mask) | (doubted & mask)
+            self.repairs = []
             height, width = self.layout.size
             empty = torch.zeros(self.layout.batch * self.layout.frames_per_sample, height, width, dtype=torch.bool)
             for name in ("regions", "repaired", "doubted", "undone", "fallen_back"):

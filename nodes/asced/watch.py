@@ -20,7 +20,7 @@ from .corrector import (
     surroundings,
     targeted,
 )
-from .detector import Detector, Findings
+from .detector import Detector, Findings, keep_regions
 from .estimate import Estimate
 from .learned import LearnedDetector
 from .options import AscedOptions, GuardSettings
@@ -155,13 +155,14 @@ class Watch:
     def _decide(self, now: Estimate, steps_left: int) -> tuple[torch.Tensor | None, ...]:
         """End the round: record the regions. Gives the repaired frames, the regions and where the frames were renoised,
         or None three times if there is nothing to repair."""
-        findings = self._findings(now)
+        findings, again = self._findings(now)
         repaired, mask = None, None
         if findings is not None:
             self.record.add_findings(findings)
             self.sure = findings.sure
             if findings.suspected and self.settings.mode == "correct":
                 mask = repair_mask(findings.regions, self.allowed, self.settings.options)
+                mask = mask if again is None else mask | again
         if mask is not None and bool(mask.any()):
             if steps_left < 2:
                 self.record.note("Regions were found too late in the run to be repaired.")
@@ -170,23 +171,32 @@ class Watch:
                 repaired = self._repaired(now, mask, doubted, findings.before)
                 self.record.add_repair(mask, doubted)
         self._plan_next_round()
-        return (None, None, None) if repaired is None else (repaired, findings.regions, mask)
+        if repaired is None:
+            return None, None, None
+        regions = findings.regions
+        if again is not None:
+            regions = functools.reduce(torch.logical_or, (again & repair.regions for repair in self._repairs()), regions)
+        return repaired, regions, mask
 
-    def _findings(self, now: Estimate) -> Findings | None:
-        """What the round's detector found; in later rounds that outside of what was repaired, which moves because it was, and the
-        repaired regions that fell back and are to be drawn again."""
-        findings = self.detector.findings(self.layout.frames_per_sample)
-        if self.repair is None:
-            return findings
-        repairs = [*self.earlier, self.repair]
+    def _repairs(self) -> list[Repair]:
+        """All repairs so far; the first round has none."""
+        return self.earlier if self.repair is None else [*self.earlier, self.repair]
+
+    def _findings(self, now: Estimate) -> tuple[Findings | None, torch.Tensor | None]:
+        """What the round's detector found; in later rounds that outside of what was repaired, which moves because it was. With it
+        what of the repairs fell back and is to be drawn again, (F, H, W) bool, None in the first round: their masks, which reach
+        as far beyond the regions as a repair is to."""
+        findings, repairs = self.detector.findings(self.layout.frames_per_sample), self._repairs()
+        if not repairs:
+            return findings, None
         again = functools.reduce(torch.logical_or, (repair.to_draw_again(now.denoised) for repair in repairs))
         if findings is None:  # the sample was renoised at every step, so that none could be compared
             nothing = torch.zeros(again.shape, device=again.device)
-            return Findings(again, nothing, nothing, suspected=True)
+            return Findings(torch.zeros_like(again), nothing, nothing, suspected=True), again
         likely, sure = (None if marked is None else marked | again for marked in (findings.likely, findings.sure))
         repaired = functools.reduce(torch.logical_or, (repair.mask for repair in repairs))
-        regions = (findings.regions & ~repaired) | again
-        return findings._replace(regions=regions, suspected=True, likely=likely, sure=sure)
+        regions = keep_regions(findings.regions & ~repaired, self.settings.options)
+        return findings._replace(regions=regions, suspected=True, likely=likely, sure=sure), again
 
     def _doubted(self, findings: Findings, mask: torch.Tensor) -> torch.Tensor | None:
         """The regions of a mask that are renoised from before their onset; None if the correction or the detector knows no doubt."""
@@ -252,6 +262,6 @@ class Watch:
     def finish(self) -> None:
         """The run is over: what became of the repairs, by its last estimate."""
         if self.previous is not None and self.repair is not None:
-            back = (repair.fallen_back(self.previous.denoised) for repair in (*self.earlier, self.repair))
+            back = (repair.fallen_back(self.previous.denoised) for repair in self._repairs())
             self.record.fallen_back = functools.reduce(torch.logical_or, back)
 

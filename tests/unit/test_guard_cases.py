@@ -14,7 +14,7 @@ import torch
 from artifact_guard.nodes.asced import corrector, learned, repair
 from artifact_guard.nodes.asced.detector import Findings
 from artifact_guard.nodes.asced.estimate import Estimate
-from artifact_guard.nodes.asced.options import GuardSettings
+from artifact_guard.nodes.asced.options import AscedOptions, GuardSettings
 from artifact_guard.nodes.asced.schema import ASCEDKSampler, ASCEDReport, ASCEDUnguarded
 from artifact_guard.nodes.asced.watch import Watch
 from artifact_guard.nodes.asced.window import Window, plan_window
@@ -507,12 +507,14 @@ def test_later_rounds_look_beside_what_was_repaired():
     score = torch.zeros(1, HEIGHT, WIDTH)
     later_round = mock.Mock()
     later_round.detector.findings.return_value = Findings(square | elsewhere | first, score, score, True)
-    later_round.repair.mask, later_round.earlier = square, [mock.Mock(mask=first)]
-    later_round.repair.to_draw_again.return_value = again
-    later_round.earlier[0].to_draw_again.return_value = of_first
-    assert torch.equal(Watch._findings(later_round, mock.Mock()).regions, elsewhere | again | of_first)
-    later_round.repair.fallen_back.return_value = again
-    later_round.earlier[0].fallen_back.return_value = of_first
+    later_round.settings.options = AscedOptions()
+    repairs = later_round._repairs.return_value = [mock.Mock(mask=first), mock.Mock(mask=square)]
+    repairs[0].to_draw_again.return_value, repairs[1].to_draw_again.return_value = of_first, again
+    findings, redrawn = Watch._findings(later_round, mock.Mock())
+    assert torch.equal(findings.regions, elsewhere) and torch.equal(redrawn, again | of_first)
+    later_round.settings.options = AscedOptions(min_area=0.1)
+    assert not Watch._findings(later_round, mock.Mock())[0].regions.any(), "a sliver beside a repair is no region"
+    repairs[0].fallen_back.return_value, repairs[1].fallen_back.return_value = of_first, again
     Watch.finish(later_round)
     assert torch.equal(later_round.record.fallen_back, again | of_first)
 
