@@ -206,7 +206,7 @@ class RunRecord:
         return {
             "sample": frame // frames,
             "frame": frame % frames,
-            "verdict": "artifacts" if found else "clean",
+            "verdict": "artifacts" if found else "not looked at" if self.reason else "clean",
             "artifact_fraction": self.regions[frame].float().mean().item(),
             "repaired_fraction": self.repaired[frame].float().mean().item(),
             "phases": None if phases is None else {

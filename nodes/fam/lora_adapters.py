@@ -70,12 +70,10 @@ class LoRAWeights:
         parameters: name -> parameter, float32. The names are those of the LoRA's file.
 
     Raises:
-        ValueError: a rank below 1, or a network without such layers.
+        ValueError: a network without such layers.
     """
 
     def __init__(self, model: comfy.model_patcher.ModelPatcher, rank: int, seed: int):
-        if rank < 1:
-            raise ValueError(f"rank is {rank}; a whole number of 1 or more is wanted. 4 to 32 are usual.")
         self.model, self.rank = model, rank
         self.manager, self.adapters, self.parameters = BypassInjectionManager(), {}, {}
         with torch.random.fork_rng(devices=[]):

@@ -116,6 +116,12 @@ def check_conditions(positive: list, count: int) -> tuple[list, torch.Tensor]:
     return [[entry] for entry in entries], which
 
 
+def check_rank(rank: int) -> None:
+    """Refuse a rank that no LoRA has."""
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; a whole number of 1 or more is wanted. 4 to 32 are usual.")
+
+
 def check_latents(model, latents: dict) -> torch.Tensor:
     """The clean latents, (N, C, [T,] H, W), as a LATENT has them.
 

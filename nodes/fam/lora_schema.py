@@ -13,7 +13,7 @@ from .flaw_aware import FlawAwareTraining, works_on_pixels
 from .flaw_batch import FlawSampling
 from .highlighter_schema import CATEGORY, FlawHighlighterType
 from .lora_adapters import LoRAWeights, training_copy
-from .lora_checks import check_highlighter, check_negative, check_vae, training_data
+from .lora_checks import check_highlighter, check_negative, check_rank, check_vae, training_data
 from .lora_pictures import draw_curves
 from .lora_session import Session, measure_cost, memory_in_use, tell
 from .lora_settings import DTYPES, FlawAwareSettings
@@ -74,7 +74,7 @@ class FAMTrainLoRA(io.ComfyNode):
                 io.Float.Input("noise_strength", default=defaults.noise_strength, min=0.0, max=1.0, step=0.001,
                                tooltip="How much of the map is added to the noise. For models that work on pixels; with latent "
                                "models it does nothing, as published. 0: none."),
-                io.Int.Input("rank", default=8, min=0, max=1024, tooltip="Size of the LoRA. Higher can hold more and "
+                io.Int.Input("rank", default=8, min=1, max=1024, tooltip="Size of the LoRA. Higher can hold more and "
                              "overfits sooner; 4 to 32 are usual."),
                 io.Float.Input("learning_rate", default=defaults.learning_rate, min=1e-7, max=1.0, step=1e-7, round=False,
                                tooltip="AdamW's step size. Higher learns faster; too high ruins the images."),
@@ -126,6 +126,7 @@ class FAMTrainLoRA(io.ComfyNode):
             steps, base_fraction, map_every, attention_strength, noise_strength, learning_rate, batch_size, seed,
             **given(training_dtype=training_dtype, gradient_checkpointing=gradient_checkpointing),
         )
+        check_rank(rank)
         node_id = cls.hidden.unique_id if cls.hidden else None
         free_what_is_done_with()
         with torch.inference_mode(False):

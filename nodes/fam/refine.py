@@ -1,6 +1,7 @@
 """Refining: renoise the flawed regions of an image, resample them with the attention patch on, keep what got better."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,12 @@ class RefineSettings:
     grow: float = 0.03
 
     def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; a whole number of 1 or more is wanted.")
+        for name, lowest in (("cfg", -math.inf), ("attention_strength", 0.0), ("noise_strength", -math.inf)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= lowest):
+                raise ValueError(f"{name} is {value}; a number{' of 0 or more' if lowest == 0 else ''} is wanted.")
         if not 0 < self.denoise <= 1:
             raise ValueError(f"denoise is {self.denoise}; more than 0 (which would change nothing) and at most 1 is wanted.")
         if self.rounds < 1:

@@ -71,10 +71,19 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class TrainingSettings:
+    """What the node sets. Raises ValueError for values that cannot work."""
+
     steps: int = 3000
     batch_size: int = 128
     learning_rate: float = 1e-4
     seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a whole number of 1 or more is wanted.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate is {self.learning_rate}; a value above 0 is wanted, such as 1e-4.")
 
 
 def new_predictor(kind: ModelKind, schedule: Schedule, size: tuple[int, int], condition_dim: int, seed: int) -> TimePredictor:

@@ -223,6 +223,9 @@ def test_the_node_puts_out_json(demo):
 @pytest.mark.parametrize("wrong, words", [
     ({"denoise": 0.0}, "denoise is 0.0"), ({"rounds": 0}, "rounds is 0"), ({"threshold": 0.0}, "threshold is 0.0"),
     ({"start_from": "noise"}, "start_from is 'noise'; one of 'surroundings', 'image'"), ({"grow": 0.6}, "grow is 0.6"),
+    ({"steps": 0}, "steps is 0"), ({"cfg": float("nan")}, "cfg is nan"),
+    ({"attention_strength": -0.1}, "attention_strength is -0.1; a number of 0 or more"),
+    ({"noise_strength": float("inf")}, "noise_strength is inf"),
 ])
 def test_settings_that_cannot_work(demo, wrong, words):
     with pytest.raises(ValueError, match=words):

@@ -33,6 +33,7 @@ def unguarded(model, reason, report_to=None, **run):
     assert re.search(reason, record.reason) and record.restarts == 0 and not record.regions.any()
     mask, overlay, curves, fraction, summary = ASCEDReport.execute(report, {"samples": output}).result
     assert fraction == 0.0 and not mask.any() and overlay.ndim == curves.ndim == 4
+    assert {image["verdict"] for image in json.loads(summary)["images"]} <= {"not looked at"}
     assert json.loads(summary)["status"] == "not guarded" and json.loads(summary)["reason"] == record.reason
     return record
 

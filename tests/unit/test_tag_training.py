@@ -400,3 +400,12 @@ def test_channels_of_every_format_of_core():
     kinds = [kind for kind in vars(latent_formats).values() if isinstance(kind, type) and issubclass(kind, latent_formats.LatentFormat)]
     apart = {kind.__name__ for kind in kinds if image_channels(kind()) != kind().latent_channels}
     assert len(kinds) > 20 and apart <= {"MiniMaxH3AV"}
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"steps": 0}, "steps is 0"), ({"batch_size": 0}, "batch_size is 0"),
+    ({"learning_rate": 0.0}, "learning_rate is 0.0"), ({"learning_rate": float("nan")}, "learning_rate is nan"),
+])
+def test_numbers_that_came_over_a_wire_are_checked(settings, words):
+    with pytest.raises(ValueError, match=words):
+        train_node_run(**settings)
