@@ -13,13 +13,15 @@ ATTENTION, NOISE = ARMS["both"]
 
 @dataclass(frozen=True)
 class Variant:
-    """A refinement. change: what is done to each map, see `CHANGES` in fam_training_runs.py."""
+    """A refinement. change: what is done to each map, see `CHANGES` in fam_training_runs.py. sampled: K, V (1 + sampled) in the samples
+    that it is judged by, without any map in training."""
 
     attention: float = ATTENTION
     noise: float = NOISE
     map_every: int | None = None
     base_fraction: float = 0.5
     change: str = ""
+    sampled: float = 0.0
 
 
 VARIANTS = {
@@ -28,6 +30,8 @@ VARIANTS = {
     "both, rolled map": Variant(change="rolled"), "both, inverted map": Variant(change="inverted"),
     "forward -0.1": Variant(0, -0.1),
     "reverse 0.2": Variant(0.2, 0), "reverse 0.1, uniform map": Variant(0.1, 0, change="uniform"), "reverse 0.4": Variant(0.4, 0),
+    "base, weaker by 0.045 while sampling": Variant(0, 0, sampled=-0.045),
+    "base, weaker by 0.15 while sampling": Variant(0, 0, sampled=-0.15),
     "forward 0.05": Variant(0, 0.05), "reverse 0.05": Variant(0.05, 0),
     "forward 0.1, uniform map": Variant(0, 0.1, change="uniform"),
     "both, split 1:4": Variant(base_fraction=0.2), "both, split 4:1": Variant(base_fraction=0.8),

@@ -224,13 +224,13 @@ class Worker:
         split = next((name for name, fraction in SPLITS.items() if fraction == variant.base_fraction), "1:1")
         training, losses, maps = self.go_on(f"{split} {job.seed}"), [], []
         for step in range(phases.base_steps, size.steps):
-            if phases.map_due(step):
+            if phases.map_due(step) and (variant.attention or variant.noise):
                 flaw_map, probability = self.flaw_map(training, job.seed * 1_000_003 + step)
                 training.set_map(CHANGES[variant.change](flaw_map), variant.attention, variant.noise)
                 told = {"mean": flaw_map.mean().item(), "largest": flaw_map.max().item(), "generated": probability}
                 maps.append({"step": step} | told)
             losses.append(self.step(training, job.seed, step).clone())
-        return self.judged(job, training, losses) | {"maps": maps}
+        return self.judged(job, training, losses, variant.sampled) | {"maps": maps}
 
     def step(self, training: FastDemo, seed: int, step: int) -> torch.Tensor:
         return training.step(seed * 1_000_003 + step, self.size.rate, self.size.decay)
@@ -244,17 +244,17 @@ class Worker:
         batch = FlawBatch(images, *flaw_map(self.highlighter, images, batch=64))
         return batch.mean_map, batch.probabilities.mean().item()
 
-    def judged(self, job: Job, training: FastDemo, losses: list[torch.Tensor]) -> dict:
-        """Sample, judge, keep the features."""
+    def judged(self, job: Job, training: FastDemo, losses: list[torch.Tensor], attention: float = 0.0) -> dict:
+        """Sample, with K, V (1 + attention), judge, keep the features."""
         loss = torch.stack(losses).cpu()
         if not torch.isfinite(loss).all():
             raise RuntimeError(f"the loss of {job.name} was not a number")
         asked = classes(self.size.judged), job.seed, self.size.euler
-        samples = training.sample(*asked)
+        samples = training.sample(*asked, attention=attention)
         features = self.judge.features(samples)
         save_file({"features": features}, self.path(job.name, "safetensors"))
         figures = self.judge.figures(samples, features)
         if self.size.from_mean:
-            figures["FD_from_mean"] = self.judge.fd(self.judge.features(training.sample(*asked, from_mean=True)))
+            figures["FD_from_mean"] = self.judge.fd(self.judge.features(training.sample(*asked, from_mean=True, attention=attention)))
         generated = self.highlighter.generated_probability(as_image(samples[:1000]), batch=100)
         return figures | {"judged_generated": generated.mean().item(), "loss": loss[-len(loss) // 5 :].mean().item()}

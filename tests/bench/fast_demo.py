@@ -9,6 +9,7 @@ with CUDA the step is one CUDA graph: launched one by one, its 2,000 kernels tak
 """
 
 import copy
+import functools
 import logging
 
 import torch
@@ -102,6 +103,10 @@ class FastDemo:
         from artifact_guard.kernels.kv_scale import scale_pair
 
         return n, *scale_pair(context, value, self.amounts[n.shape[1]])
+
+    def scaled(self, amount: float, n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra_options) -> tuple:
+        """attn1_patch: K, V (1 + amount), whatever the batch."""
+        return n, context * (1 + amount), value * (1 + amount)
 
     def loss(self) -> torch.Tensor:
         """Of what is in the buffers."""
@@ -205,15 +210,18 @@ class FastDemo:
     # Sampling
 
     @torch.no_grad()
-    def sample(self, labels: torch.Tensor, seed: int, steps: int, part: int = 1000, from_mean: bool = False) -> torch.Tensor:
+    def sample(
+        self, labels: torch.Tensor, seed: int, steps: int, part: int = 1000, from_mean: bool = False, attention: float = 0.0
+    ) -> torch.Tensor:
         """Images (N, 3, S, S) in [-1, 1] of the average, on the CPU, by Euler's method without guidance; ComfyUI's
         sampler `euler` and scheduler `normal`. The noise depends on seed and number alone.
 
-        from_mean: the mean training image is added to the noise of the start. Of the noisiest images of Stable Diffusion's
+        attention: K, V (1 + attention) in self-attention. from_mean: the mean training image is added to the noise of the start. Of the noisiest images of Stable Diffusion's
         schedule 0.5 % of the variance are image, so that the brightness of a start of noise alone says "grey".
         """
         import comfy.samplers
 
+        options = {} if attention == 0 else {"patches": {"attn1_patch": [functools.partial(self.scaled, attention)]}}
         schedule = comfy.samplers.calculate_sigmas(self.sampling, "normal", steps)
         timesteps = self.sampling.timestep(schedule[:-1].to(self.sigmas.device)).to(self.device)
         schedule, done = schedule.tolist(), []
@@ -226,7 +234,7 @@ class FastDemo:
             for index, (sigma, following) in enumerate(zip(schedule, schedule[1:])):
                 scale = (sigma**2 + 1) ** -0.5
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    v = self.averaged(x * scale, timesteps[index].expand(len(x)), context=context)
+                    v = self.averaged(x * scale, timesteps[index].expand(len(x)), context=context, transformer_options=options)
                 denoised = x * scale**2 - v.float() * sigma * scale
                 x = x + (x - denoised) * ((following - sigma) / sigma)
             done.append(x.clamp(-1, 1).cpu())
