@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..model_files import file_names, load_model_file, save_model_file
+from ..told import id_of, tell
 from .backbones import BACKBONES
 from .highlighter import FOLDER, KIND, FlawHighlighter
 from .pictures import draw_training
@@ -64,6 +65,7 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
                     tooltip="On held-out images; 0.5 is guessing, and a good generator makes it low.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -76,6 +78,7 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
         best = f"epoch {training.best_epoch} of {epochs}" if training.best_epoch else "no epoch was better than the one it began with"
         words = [f"Held-out accuracy {training.accuracy:.1%}, {best}."]
         words += highlighter.settings.warnings or ["No spurious cue found: the verdicts follow the marked spots."]
+        tell(id_of(cls), "\n".join(words))
         pictures = ui.PreviewImage(curves, cls=cls).as_dict()
         return io.NodeOutput(highlighter, curves, training.accuracy, ui={**pictures, "text": words})
 
@@ -100,11 +103,13 @@ class FAMSaveFlawHighlighter(io.ComfyNode):
                 ),
             ],
             outputs=[],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, flaw_highlighter, filename_prefix) -> io.NodeOutput:
         path = save_model_file(FOLDER, filename_prefix, KIND, *flaw_highlighter.state())
+        tell(id_of(cls), f"Saved as {path}")
         return io.NodeOutput(ui={"text": [path]})
 
 

@@ -9,13 +9,14 @@ import comfy.model_management
 from comfy_api.latest import io, ui
 
 from ..cancelled import CancelledRuns
+from ..told import id_of, tell
 from .flaw_aware import FlawAwareTraining, works_on_pixels
 from .flaw_batch import FlawSampling
 from .highlighter_schema import CATEGORY, FlawHighlighterType
 from .lora_adapters import LoRAWeights, training_copy
 from .lora_checks import check_highlighter, check_negative, check_rank, check_vae, training_data
 from .lora_pictures import draw_curves
-from .lora_session import Session, measure_cost, memory_in_use, tell
+from .lora_session import Session, measure_cost, memory_in_use
 from .lora_settings import DTYPES, FlawAwareSettings
 from .lora_state import NEW_RUN, RunFile, changes, read_run, restore, run_names
 from .training_data import LatentData
@@ -127,7 +128,7 @@ class FAMTrainLoRA(io.ComfyNode):
             **given(training_dtype=training_dtype, gradient_checkpointing=gradient_checkpointing),
         )
         check_rank(rank)
-        node_id = cls.hidden.unique_id if cls.hidden else None
+        node_id = id_of(cls)
         free_what_is_done_with()
         with torch.inference_mode(False):
             data, samples = training_data(model, latents, positive)

@@ -8,8 +8,8 @@ import torch
 
 import comfy.model_management
 import comfy.utils
-from server import PromptServer
 
+from ..told import tell
 from .flaw_aware import Diverged, FlawAwareTraining, Watcher
 from .flaw_batch import FlawBatch
 from .lora_pictures import preview
@@ -19,14 +19,6 @@ from .train_steps import UnlikePrompts
 
 PREVIEW_SECONDS = 2.0
 GIGABYTE = 1024**3
-
-
-def tell(node_id: str | None, text: str) -> None:
-    """A line on the node and in the log."""
-    logging.info("Artifact Guard: %s", text)
-    server = getattr(PromptServer, "instance", None)
-    if node_id is not None and server is not None:
-        server.send_progress_text(text, node_id)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ import json
 
 from comfy_api.latest import io, ui
 
+from ..told import id_of, tell
 from .alignment import MODES
 from .guidance import guide_model
 from .predictor_files import load_predictor, predictor_names, save_predictor
@@ -37,12 +38,14 @@ class TAGSaveTimePredictor(io.ComfyNode):
                 ),
             ],
             outputs=[],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, time_predictor, filename_prefix) -> io.NodeOutput:
-        path = save_predictor(time_predictor, filename_prefix)
-        return io.NodeOutput(ui=ui.PreviewText(f"Saved as {path}"))
+        words = f"Saved as {save_predictor(time_predictor, filename_prefix)}"
+        tell(id_of(cls), words)
+        return io.NodeOutput(ui=ui.PreviewText(words))
 
 
 class TAGLoadTimePredictor(io.ComfyNode):

@@ -128,3 +128,21 @@ def test_quickstart_in_the_page(page, comfy_server, tmp_path):
     screenshot = tmp_path / "quickstart.png"
     page.screenshot(path=screenshot)
     print(f"screenshot: {screenshot}")
+
+
+def test_saving_shows_the_path_at_the_node(page, comfy_server):
+    """The page draws the text in a node's `ui` for core's nodes alone: it has to be sent to the node."""
+    page.evaluate("""() => {
+        app.graph.clear();
+        for (const what of [["FAMLoadFlawHighlighter", "FAMSaveFlawHighlighter"], ["TAGLoadTimePredictor", "TAGSaveTimePredictor"]]) {
+            const [from, to] = what.map(type => LiteGraph.createNode(type));
+            app.graph.add(from); app.graph.add(to); from.connect(0, to, 0);
+            to.widgets.find(widget => widget.name === "filename_prefix").value = "browser/shown";
+        }
+    }""")
+    entry = run_to_the_end(page, comfy_server)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    page.wait_for_timeout(1000)
+    for kind in ("FAMSaveFlawHighlighter", "TAGSaveTimePredictor"):
+        shown = next(node["text"] for node in page.evaluate(NODES) if node["type"] == kind)
+        assert "Saved as " in shown and "shown_00001_.safetensors" in shown, shown

@@ -271,20 +271,8 @@ def test_a_file_says_what_it_holds(small, files):
 
 
 def test_cost_is_told_before_the_first_step(small, files, monkeypatch, caplog):
-    """Steps, maps, time and memory, on the node and in the log."""
+    """Steps, maps, time and memory, on the node and in the log: see test_told.py."""
     caplog.set_level("INFO")
-    told = []
-
-    class Server:
-        instance = None
-
-        def send_progress_text(self, text, node_id):
-            told.append((node_id, text))
-
-    Server.instance = Server()
-    monkeypatch.setattr(lora_session, "PromptServer", Server)
-    lora_session.tell("7", "words")
-    assert told == [("7", "words")] and "Artifact Guard: words" in caplog.text
     fail_at(monkeypatch, 0, comfy.model_management.InterruptProcessingException())
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         train(small)
