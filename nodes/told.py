@@ -1,7 +1,11 @@
-"""What a node says on the page: a line below its widgets. ComfyUI shows the text in a node's `ui` for a few of core's nodes alone."""
+"""What a node says and shows on the page: the text in a node's `ui` is drawn for a few of core's nodes alone, and its
+pictures only where no live one came before.
+"""
 
 import logging
 
+import comfy.model_management
+import comfy.utils
 from comfy_api.latest import io
 from server import PromptServer
 
@@ -17,3 +21,11 @@ def tell(node_id: str | None, text: str) -> None:
     server = getattr(PromptServer, "instance", None)
     if node_id is not None and server is not None:
         server.send_progress_text(text, node_id)
+
+
+def show_last(bar: comfy.utils.ProgressBar, done: int, total: int, preview: tuple) -> None:
+    """The picture that stays on the node. A cancellation that arrives here comes too late: there is nothing left to stop."""
+    try:
+        bar.update_absolute(done, total, preview)
+    except comfy.model_management.InterruptProcessingException:
+        bar.update_absolute(done, total, preview)

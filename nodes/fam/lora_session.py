@@ -9,7 +9,7 @@ import torch
 import comfy.model_management
 import comfy.utils
 
-from ..told import tell
+from ..told import show_last, tell
 from .flaw_aware import Diverged, FlawAwareTraining, Watcher
 from .flaw_batch import FlawBatch
 from .lora_pictures import preview
@@ -171,6 +171,7 @@ class Session:
             raise
         how = "Cancelled" if self.cancelled else "Done"
         tell(self.node_id, f"{how} after {training.progress.step} of {training.settings.steps} steps. {self.save()[1]}")
+        show_last(self.bar, training.progress.step, training.settings.steps, self.picture())
 
     def save(self) -> tuple[bool, str]:
         """Save the run: whether it could be, and in words where it is. A disk that is full does not end the training."""
@@ -197,11 +198,14 @@ class Session:
 
     def show(self, force: bool = False) -> None:
         """Bar and picture on the page; a picture every two seconds at most."""
-        training, now = self.training, time.perf_counter()
-        done, picture = training.progress.step, None
+        now, picture = time.perf_counter(), None
         if force or now - self.drawn > PREVIEW_SECONDS:
-            phase = "refinement" if training.phases.refining(max(0, done - 1)) else "base"
-            title = f"Training loss, step {done} of {training.settings.steps}, {phase} phase"
-            picture = preview(training.progress, training.phases, self.latest, title)
-            self.drawn = now
-        self.bar.update_absolute(done, training.settings.steps, picture)
+            picture, self.drawn = self.picture(), now
+        self.bar.update_absolute(self.training.progress.step, self.training.settings.steps, picture)
+
+    def picture(self) -> tuple:
+        """Curves and newest batch, in the form in which ComfyUI shows previews."""
+        training, done = self.training, self.training.progress.step
+        phase = "refinement phase" if training.phases.refining(max(0, done - 1)) else "base phase"
+        title = f"Training loss, step {done} of {training.settings.steps}, {'cancelled' if self.cancelled else phase}"
+        return preview(training.progress, training.phases, self.latest, title)

@@ -182,7 +182,8 @@ class Training:
         return accuracy, -loss
 
     def run(self, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Train for all epochs. `tell` gets (steps done, steps in all) after each step; what it raises ends the run."""
+        """Train for all epochs. `tell` gets (steps done, steps in all) after each step, of an epoch's last one when
+        it has been judged; what it raises ends the run."""
         settings, steps = self.settings, self.steps_per_epoch
         total, rate = steps * settings.epochs, settings.learning_rate * RATE_FACTOR[settings.backbone]
         with torch.inference_mode(False), torch.enable_grad():
@@ -205,9 +206,11 @@ class Training:
                     optimizer.step()
                     schedule.step()
                     losses.append(loss.item())
-                    tell(epoch * steps + step + 1, total)
+                    if step + 1 < steps:
+                        tell(epoch * steps + step + 1, total)
                 self.losses.append(sum(losses) / len(losses))
                 self.keep_best(epoch)
+                tell((epoch + 1) * steps, total)
 
     def keep_best(self, epoch: int) -> None:
         """Judge the network after an epoch and remember it if no earlier one was better."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 import comfy.model_management
 import comfy.utils
@@ -15,6 +15,7 @@ from ..cancelled import CancelledRuns
 from ..latents import FrameLayout, check_latent
 from ..plots import Panel, draw_chart
 from ..run_reports import image_part
+from ..told import show_last
 from .compatibility import check_predictor, kind_of
 from .levels import TIMES, Schedule
 from .predictor import TimePredictor
@@ -126,13 +127,13 @@ def loss_curve(losses: list[float], title: str) -> torch.Tensor:
     return draw_chart([chart])
 
 
-def preview(losses: list[float], title: str) -> tuple:
-    """The loss curve in the form in which ComfyUI shows previews."""
-    pixels = (loss_curve(losses, title)[0].numpy() * 255).astype(np.uint8)
+def preview(curve: torch.Tensor) -> tuple:
+    """The loss curve, an IMAGE, in the form in which ComfyUI shows previews."""
+    pixels = (curve[0].numpy() * 255).astype(np.uint8)
     return ("JPEG", Image.fromarray(pixels), 768)
 
 
-def train_steps(trainer: Trainer, steps: int) -> tuple[list[float], bool]:
+def train_steps(trainer: Trainer, steps: int, bar: comfy.utils.ProgressBar) -> tuple[list[float], bool]:
     """Train with a bar and a live curve on the page; (losses, whether the user cancelled).
 
     Losses are read when a preview is drawn: until then nothing waits for a GPU.
@@ -140,7 +141,7 @@ def train_steps(trainer: Trainer, steps: int) -> tuple[list[float], bool]:
     Raises:
         InterruptProcessingException: cancelled before anything was learned.
     """
-    bar, losses, unread, cancelled = comfy.utils.ProgressBar(steps), [], [], False
+    losses, unread, cancelled = [], [], False
     try:
         for step in range(1, steps + 1):
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -148,7 +149,7 @@ def train_steps(trainer: Trainer, steps: int) -> tuple[list[float], bool]:
             shown = None
             if step % PREVIEW_EVERY == 0:
                 losses, unread = losses + torch.stack(unread).tolist(), []
-                shown = preview(losses, f"Step {step} of {steps}")
+                shown = preview(loss_curve(losses, f"Step {step} of {steps}"))
             bar.update_absolute(step, steps, shown)
     except comfy.model_management.InterruptProcessingException:
         cancelled = True
@@ -214,10 +215,10 @@ class TAGTrainTimePredictor(io.ComfyNode):
         """Everything comes as a list: latents and conditions of a folder are many, of the rest the first counts."""
         settings = TrainingSettings(steps[0], batch_size[0], learning_rate[0], seed[0])
         entries = None if conditioning is None else [entry for given in conditioning for entry in given]
-        *outputs, cancelled = train(model[0], latents, settings, entries, time_predictor and time_predictor[0])
+        predictor, curve, gap, cancelled = train(model[0], latents, settings, entries, time_predictor and time_predictor[0])
         if cancelled:
             CANCELLED.add({"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed})
-        return io.NodeOutput(*outputs)
+        return io.NodeOutput(predictor, curve, gap, ui=ui.PreviewImage(curve, cls=cls))
 
 
 def train(
@@ -229,7 +230,8 @@ def train(
         predictor = starting_point(model, data, settings.seed, given)
         kept, held = data.split(settings.seed)
         trainer = Trainer(predictor, kept, settings, comfy.model_management.get_torch_device())
-        losses, cancelled = train_steps(trainer, settings.steps)
+        bar = comfy.utils.ProgressBar(settings.steps)
+        losses, cancelled = train_steps(trainer, settings.steps, bar)
         result = trainer.result()
         gap = judged(result, held, Schedule.of(model.get_model_object("model_sampling")))
     title = f"{len(losses)} steps, {result.steps} in all; held-out time gap {gap:.1f}"
@@ -238,7 +240,9 @@ def train(
     if not gap < GUESS:
         title += ". No better than a guess: train longer, or with a lower learning_rate"
     logging.info("Time predictor: %s", title)
-    return result, loss_curve(losses, title), gap, cancelled
+    curve = loss_curve(losses, title)
+    show_last(bar, settings.steps, settings.steps, preview(curve))
+    return result, curve, gap, cancelled
 
 
 def starting_point(model, data: TrainingData, seed: int, given: TimePredictor | None) -> TimePredictor:

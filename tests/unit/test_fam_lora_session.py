@@ -303,9 +303,39 @@ def test_curve_map_and_samples_are_seen_meanwhile(small, files, monkeypatch):
     monkeypatch.setattr(lora_session, "PREVIEW_SECONDS", 0.0)
     train(small)
     steps = [entry for entry in seen if entry[1] == 4]
-    assert [value for value, _, _ in steps] == [0, 1, 2, 2, 3, 3, 4]
+    assert [value for value, _, _ in steps] == [0, 1, 2, 2, 3, 3, 4, 4]
     kind, picture, _ = steps[-1][2]
     assert kind == "JPEG" and picture.width == 768 and picture.height > 520
+
+
+@pytest.mark.parametrize("cancelled_at, title", [(None, "step 4 of 4, refinement phase"), (3, "step 3 of 4, cancelled")])
+def test_the_last_picture_is_of_the_last_step(small, files, monkeypatch, cancelled_at, title):
+    """However short the time since the one before: the page keeps it. A cancel that arrives then comes too late."""
+    titles, draw, update = [], lora_session.preview, comfy.utils.ProgressBar.update_absolute
+
+    def drawn(progress, phases, batch, words):
+        titles.append(words)
+        return draw(progress, phases, batch, words)
+
+    def interrupted(bar, value, total=None, preview=None):
+        if total == 4 and titles[-1].endswith(title):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        update(bar, value, total, preview)
+
+    monkeypatch.setattr(lora_session, "preview", drawn)
+    monkeypatch.setattr(lora_session, "PREVIEW_SECONDS", 1e9)
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", interrupted)
+    save = lora_session.Session.save
+
+    def cancelled_while_saving(self):
+        comfy.model_management.interrupt_current_processing(True)
+        return save(self)
+
+    monkeypatch.setattr(lora_session.Session, "save", cancelled_while_saving)
+    if cancelled_at is not None:
+        fail_at(monkeypatch, cancelled_at, comfy.model_management.InterruptProcessingException())
+    lora, _, _ = train(small)
+    assert lora and titles[-1] == f"Training loss, {title}"
 
 
 def test_the_copy_that_was_trained_is_gone_afterwards(small, files, monkeypatch):

@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 import comfy.model_management
+import comfy.utils
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from artifact_guard.nodes.fam import session
@@ -250,6 +252,17 @@ def test_the_node_tells_accuracy_and_curves():
     assert curves.shape == (1, 520, 768, 3) and 0 <= accuracy <= 1
     assert judge.settings.real_images == 14 and "Held-out accuracy" in result.ui["text"][0]
     assert "Spurious cues could not be looked for" in result.ui["text"][1] == judge.settings.warnings[0]
+
+
+def test_the_last_picture_on_the_page_is_the_curves_that_come_out(monkeypatch):
+    """The page keeps the last live picture of a node over the one in its `ui`."""
+    seen = []
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda bar, *told: seen.append(told))
+    with torch.inference_mode():
+        curves = FAMTrainFlawHighlighter.execute(images(16), images(16, seed=3), 2, 8, 2e-5, 32, 0, "small").result[1]
+    (done, total, (kind, picture, _)) = seen[-1]
+    assert done == total and kind == "JPEG"
+    assert np.array_equal(np.asarray(picture), (curves[0].numpy() * 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize("real, generated, words", [

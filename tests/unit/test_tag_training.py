@@ -6,6 +6,7 @@ from unittest import mock
 import comfy.latent_formats as latent_formats
 import comfy.model_management
 import comfy.utils
+import numpy as np
 import pytest
 import torch
 from artifact_guard.nodes.demo.model import load_demo_model
@@ -216,6 +217,32 @@ def test_node_trains_and_shows(monkeypatch):
     assert [s[0] for s in shown[:3]] == [1, 2, 3] and shown[0][2] is None and shown[1][2][0] == "JPEG"
     further, _, _ = train_node_run(time_predictor=one)
     assert further.steps == 6
+
+
+def last_picture(monkeypatch, **settings):
+    """Whether the last live picture is the curve that comes out, which is in the node's `ui` too."""
+    seen, previewed = [], []
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda bar, *told: seen.append(told))
+    monkeypatch.setattr(train_node.ui, "PreviewImage", lambda image, cls: previewed.append(image))
+    curve = train_node_run(**settings)[1]
+    done, total, (kind, picture, _) = seen[-1]
+    assert done == total and kind == "JPEG" and previewed == [curve]
+    return np.array_equal(np.asarray(picture), (curve[0].numpy() * 255).astype(np.uint8))
+
+
+def test_the_last_picture_on_the_page_is_the_curve_that_comes_out(monkeypatch):
+    """The page keeps the last live picture of a node over the one in its `ui`; so after a cancel."""
+    assert last_picture(monkeypatch)
+    steps = iter(range(100))
+    real = train_node.Trainer.step
+
+    def step(self):
+        comfy.model_management.interrupt_current_processing(next(steps) == 2)
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_node.Trainer, "step", step)
+        assert last_picture(patch, steps=49)
 
 
 def test_cancelling_keeps_what_was_learned(monkeypatch, caplog):
