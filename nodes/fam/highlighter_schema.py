@@ -42,7 +42,7 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
                     "at 46 pixels around each place: 64 to 128 shows it whole limbs, 256 texture and small parts.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Of the weights, of the order and of which images are held out. A highlighter that is gone on with "
                     "has those held out that were before, if there are as many.",
                 ),
@@ -72,7 +72,7 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
     def execute(
         cls, real, generated, epochs, batch_size, learning_rate, image_size, seed, backbone, flaw_highlighter=None
     ) -> io.NodeOutput:
-        settings = TrainingSettings(epochs, batch_size, learning_rate, image_size, seed, backbone)
+        settings = TrainingSettings(epochs, batch_size, learning_rate, image_size, seed % 2**64, backbone)
         highlighter, training = train_highlighter(real, generated, settings, flaw_highlighter)
         curves = draw_training(training.losses, training.accuracies, training.best_epoch)
         best = f"epoch {training.best_epoch} of {epochs}" if training.best_epoch else "no epoch was better than the one it began with"

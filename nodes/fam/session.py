@@ -114,7 +114,11 @@ def keep_best(training: Training) -> None:
     """Save the best epoch of a run that did not end well; nothing if it had no epoch yet that is worth it."""
     if training.best_epoch == 0:
         return
-    path = save_model_file(FOLDER, "interrupted", KIND, *finished(training).state())
+    try:
+        path = save_model_file(FOLDER, "interrupted", KIND, *finished(training).state())
+    except Exception as error:  # what ended the run is to be told, not this
+        logging.warning("Artifact Guard: training stopped early, and its best epoch could not be saved (%s).", error)
+        return
     logging.warning(
         "Artifact Guard: training stopped early. Its best epoch (%d, held-out accuracy %.1f %%) is saved as %s: load it to go on.",
         training.best_epoch, 100 * training.accuracy, path,

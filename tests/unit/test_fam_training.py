@@ -46,6 +46,27 @@ def test_any_seed_of_the_page_trains(seed):
     assert result[0].settings.seed == seed and 0 <= result[2] <= 1
 
 
+def test_a_negative_seed_over_a_wire_is_the_one_it_is_modulo_2_to_the_64():
+    with torch.inference_mode():
+        result = FAMTrainFlawHighlighter.execute(images(8), images(8, seed=3), 1, 8, 2e-5, 32, -5, "small").result
+    assert result[0].settings.seed == 2**64 - 5
+
+
+def test_a_failed_rescue_does_not_hide_the_cancellation(monkeypatch, caplog):
+    def cancel(curve, done, total):
+        if curve.training.losses:
+            raise comfy.model_management.InterruptProcessingException
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(session.LiveCurve, "__call__", cancel)
+    monkeypatch.setattr(session, "save_model_file", full)
+    with pytest.raises(comfy.model_management.InterruptProcessingException), torch.inference_mode():
+        session.train_highlighter(images(12), images(12, seed=3), settings(2))
+    assert "could not be saved (No space left on device)" in caplog.text
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 8, 9, 10, 19])
 def test_any_number_of_steps_trains(epochs):
     """One step an epoch; torch has no schedule that rises within less than two steps."""

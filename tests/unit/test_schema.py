@@ -92,6 +92,12 @@ def test_defaults_lie_in_their_ranges(node):
             assert (widget.min, widget.max) == (0, LARGEST_SEED)
 
 
+def test_a_trained_highlighter_is_not_trained_anew_at_every_run():
+    """Its seed is followed by a control in saved graphs, which must stay; it does not begin with another seed each time."""
+    (seed,) = (i for i in BY_ID["FAMTrainFlawHighlighter"].GET_SCHEMA().inputs if i.id == "seed")
+    assert seed.control_after_generate == "fixed"
+
+
 def test_flags():
     """Two guards never share a cached report."""
     assert BY_ID["ASCEDGuard"].GET_SCHEMA().not_idempotent
