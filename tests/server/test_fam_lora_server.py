@@ -51,7 +51,8 @@ def test_template_trains_and_the_lora_acts(comfy_server, workflow):
 
 def test_errors_are_told_in_words_at_the_node(comfy_server, workflow):
     train = find(workflow, "FAMTrainLoRA")
-    prompt = with_inputs(upstream(workflow, train), "FAMTrainLoRA", rank=0)
+    prompt = with_inputs(upstream(workflow, train), "FAMTrainLoRA", rank=["none", 0])  # a widget itself stops at 1
+    prompt["none"] = {"class_type": "PrimitiveInt", "inputs": {"value": 0}}
     prompt["show"] = {"class_type": "PreviewImage", "inputs": {"images": [train, 1]}}
     with pytest.raises(ExecutionFailed, match="rank is 0; a whole number of 1 or more") as failure:
         comfy_server.run(prompt)
