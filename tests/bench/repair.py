@@ -127,7 +127,7 @@ def guarded(pack, batch: Batch, settings, seed: int, true_masks: bool):
     known = batch.truth & batch.fallen[:, None, None]
     blank = torch.zeros(known.shape)
     with mock.patch.object(
-        pack.nodes.asced.watch.Watch, "_findings", lambda *_: detector.Findings(known, blank, blank, suspected=True)
+        pack.nodes.asced.watch.Watch, "_findings", lambda *_: (detector.Findings(known, blank, blank, suspected=True), None)
     ):
         return guarded_run(pack, batch.model, settings, seed)
 

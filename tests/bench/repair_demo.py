@@ -40,7 +40,7 @@ def redrawn(pack, settings, seed: int, labels: torch.Tensor, doubted: bool = Fal
 
     def findings(watch, now):
         seen = watch.detector.findings()
-        return seen._replace(regions=found, suspected=True, likely=torch.zeros_like(found) if doubted else None, sure=None)
+        return seen._replace(regions=found, suspected=True, likely=torch.zeros_like(found) if doubted else None, sure=None), None
 
     with torch.inference_mode(), mock.patch.object(pack.nodes.asced.watch.Watch, "_findings", findings):
         result = sample(
