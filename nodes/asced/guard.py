@@ -89,7 +89,7 @@ class GuardedRun:
                 if self.waiting is None:
                     if remaining is not sigmas:
                         sigmas[-1] = remaining[-1]
-                    if probe.calls == 0:
+                    if probe.last is None:
                         self.watch.give_up("this sampler asks the model past the guard")
                     self.watch.finish()
                     return result

@@ -18,6 +18,7 @@ SMALLEST_SIGNAL = 1e-3
 PUBLISHED_K = 3.0
 """Robust standard deviations above the median that a change has to exceed to be abnormal, at sensitivity 1."""
 
+
 def blur_sigma(options: AscedOptions, shorter_side: int) -> float:
     """Standard deviation of the blur in latent pixels: at least one pixel, unless it is switched off with 0."""
     return max(1.0, options.blur * shorter_side) if options.blur > 0 else 0.0

@@ -33,8 +33,8 @@ class Speeds:
     """|Change of the clean estimate| of one run. Nothing here waits for the device.
 
     Memory: at most MAPS maps at half precision, and for each step its mean speed in each frame; from `settle` on two sums
-    more instead of a map, or none if there are no regions. Where a map stands for several steps, inside and outside keep their proportion through all of
-    them and each step its own mean.
+    more instead of a map, or none if there are no regions. Where a map stands for several steps, inside and outside keep
+    their proportion through all of them and each step its own mean.
     """
 
     def __init__(self):
