@@ -72,10 +72,17 @@ def build(config_class, sizes: dict, dtype: torch.dtype) -> comfy.model_patcher.
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
-def narrow_sd15() -> FullModel:
-    """SD 1.5 as deep as it is and a tenth as wide: on small pictures its time is that of starting operations."""
-    sizes = SD15 | {"model_channels": 32, "context_dim": 64}
-    return FullModel("SD 1.5, narrow", build(supported.SD15, sizes, torch.float32), 4, 77, 64, None, ((16, 16),), 15)
+def costless(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A clone that costs nothing: its estimate is a part of the sample."""
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(lambda apply, call: call["input"] * 0.9)
+    return clone
+
+
+def costless_sd15() -> FullModel:
+    """SD 1.5's latents and schedule without its network."""
+    model = costless(build(supported.SD15, SD15 | {"model_channels": 32, "context_dim": 64}, torch.float32))
+    return FullModel("a model that costs nothing", model, 4, 77, 64, None, ((64, 64),), 1)
 
 
 def full_models():

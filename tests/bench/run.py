@@ -52,6 +52,7 @@ BENCHMARKS = {
     "fam": ("fam", "Q4: the flaw highlighter on planted flaws and demo samples, and refining before a second one"),
     "fam_develop": ("fam_develop", "the same on development images, several ways to refine: for choosing"),
     "speed": ("speed", "P1, P2, P4-P6: what guard, TAG and flaw attention cost a run, beside core's PAG and SAG"),
+    "own_cost": ("own_cost", "P1 and P4 without a model's time: what guard and TAG themselves take of a step, and the kernels they start"),
     "detection_cost": ("detection_cost", "P3: detection against the published rule in numpy + scipy"),
     "kernels": ("kernel_speed", "P8: the Triton kernels against torch and the bandwidth (needs a GPU)"),
     "growth": ("growth", "P9: cost of each method against latent area, batch, steps and frames"),

@@ -37,19 +37,33 @@ def median_interval(values: list[float]) -> list[float]:
     return [round(medians.quantile(q).item(), 4) for q in (0.025, 0.975)]
 
 
-def in_turns(cases: dict, repeats: int, base: str | None = None) -> dict:
-    """Run cases (name -> function of the repeat's number) in turns, forwards and backwards, after one round unmeasured.
-
-    Gives median and least seconds and, against the case `base` of the same round, the median ratio and its 95 % interval,
-    and the ratio of the least seconds: where something else takes the processors now and then, that one shows the work.
-    """
+def seconds_in_turns(cases: dict, repeats: int) -> dict[str, list[float]]:
+    """Run cases (name -> function of the repeat's number) in turns, forwards and backwards, after one round unmeasured."""
     seconds = {name: [] for name in cases}
     for repeat in range(repeats + 1):
         for name in list(cases) if repeat % 2 else list(cases)[::-1]:
             spent = seconds_of(lambda: cases[name](repeat))
             if repeat:
                 seconds[name].append(spent)
-    told = {}
+    return seconds
+
+
+def differences(cases: dict, repeats: int, base: str) -> dict:
+    """Milliseconds that each case takes beyond the case `base` of the same round: the median and its 95 % interval, and the
+    difference of the least."""
+    seconds, told = seconds_in_turns(cases, repeats), {}
+    for name, values in seconds.items():
+        beyond = [1e3 * (value - other) for value, other in zip(values, seconds[base])]
+        least = 1e3 * (min(values) - min(seconds[base]))
+        told[name] = {"median": statistics.median(beyond), "interval_95": median_interval(beyond), "least": least}
+    return told
+
+
+def in_turns(cases: dict, repeats: int, base: str | None = None) -> dict:
+    """Run cases in turns. Gives median and least seconds and, against the case `base` of the same round, the median ratio and its
+    95 % interval, and the ratio of the least seconds: where something else takes the processors now and then, that one shows the work.
+    """
+    seconds, told = seconds_in_turns(cases, repeats), {}
     for name, values in seconds.items():
         told[name] = {"seconds": round(statistics.median(values), 5), "least_seconds": round(min(values), 5)}
         if base is not None:
