@@ -85,7 +85,7 @@ SIZES = {
     "small": Size(5000, 64, peak_rate=2e-3, steps=800, batch=64, map_every=50, judged=2000, euler=10, highlighter_images=2000,
                   highlighter_side=32, network="small", side=16, from_mean=False, seeds=(0, 1, 2)),
     "tiny": Size(4, 4, warmup=2, points=2, steps=5, batch=4, map_every=2, judged=16, euler=2, map_images=2,
-                 highlighter_images=20, highlighter_epochs=1, seeds=(0, 1), sweep_seeds=(0,)),
+                 highlighter_images=20, highlighter_epochs=1, network="small", side=16, seeds=(0, 1), sweep_seeds=(0,)),
 }
 
 
