@@ -16,7 +16,7 @@ def coefficients_of_all(model_sampling, sigmas: torch.Tensor) -> list[tuple[floa
     EPS, V and EDM models give (1, sigma), flow models (1 - sigma, sigma), scaled flows what their noise_scale makes
     of it. Nothing about the model's family or schedule is assumed.
     """
-    sigmas = sigmas.to("cpu", torch.float64)
+    sigmas = sigmas.cpu().double()  # one after the other: Metal has no float64, not even on the way
     zero, one = torch.zeros(len(sigmas), 1, dtype=torch.float64), torch.ones(len(sigmas), 1, dtype=torch.float64)
     a = model_sampling.noise_scaling(sigmas, zero.clone(), one.clone())
     b = model_sampling.noise_scaling(sigmas, one.clone(), zero.clone())

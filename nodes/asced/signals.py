@@ -25,6 +25,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ...kernels.cells import cell_means
 from .waiting import times
 
 GRID = 32
@@ -131,7 +132,7 @@ def grid_of(size: tuple[int, int]) -> tuple[int, int]:
 def on_grid(x: torch.Tensor) -> torch.Tensor:
     """x (F, ..., H, W), averaged over the cells of the grid."""
     size = grid_of(x.shape[-2:])
-    return x if size == tuple(x.shape[-2:]) else F.adaptive_avg_pool2d(x, size)
+    return x if size == tuple(x.shape[-2:]) else cell_means(x, size)
 
 
 def edges(x: torch.Tensor) -> torch.Tensor:

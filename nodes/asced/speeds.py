@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+
+from ...kernels.cells import cell_means
 
 CELLS = 16
 """Maps are kept at this size at most. A cell counts inside by the share of it that the regions cover: measured on latents of
@@ -49,7 +50,7 @@ class Speeds:
     def add(self, ratio: float, length: float, speed: torch.Tensor) -> None:
         """Take in a step: b / a, how far ln(b / a) fell since the one before (inf from pure noise), the change (F, H, W)."""
         size = tuple(min(CELLS, side) for side in speed.shape[-2:])
-        small = speed if size == speed.shape[-2:] else F.adaptive_avg_pool2d(speed, size)
+        small = speed if size == speed.shape[-2:] else cell_means(speed, size)
         self.ratios.append(ratio)
         self.lengths.append(length)
         self.means.append(small.mean(dim=(1, 2)))
@@ -99,7 +100,7 @@ class Speeds:
 
 def share_of_cells(regions: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
     """How much of each cell of a map (F, h, w) the regions (F, H, W) cover, 0 to 1."""
-    return F.adaptive_avg_pool2d(regions.float(), of.shape[-2:])
+    return cell_means(regions.float(), of.shape[-2:])
 
 
 def split_sums(speed: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:

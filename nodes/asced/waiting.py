@@ -5,6 +5,8 @@ That alters nothing, since each is judged by itself, but on a GPU a step of smal
 
 import torch
 
+import comfy.model_management
+
 TOGETHER, TOGETHER_VALUES = 16, 2**23
 """At most so many changes wait to be judged together, and fewer of latents that hold so many values among them: no more
 memory than that, whatever the number of steps. A window of a run of 25 steps has about eight."""
@@ -24,8 +26,10 @@ def joined(steps: list[torch.Tensor]) -> torch.Tensor:
 
 
 def on_device(numbers: list[float], device: torch.device) -> torch.Tensor:
-    """Numbers as float32 there, (N,). Nothing waits for the device, as it would for a copy that is not told so."""
-    return torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
+    """Numbers as float32 there, (N,). Nothing waits for the device, as it would for a copy that is not told so; but on Apple's GPUs,
+    which may read such a copy's source when something else is in its place."""
+    at_once = comfy.model_management.device_supports_non_blocking(device)
+    return torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=at_once)
 
 
 def times(x: torch.Tensor, numbers: list[float]) -> torch.Tensor:

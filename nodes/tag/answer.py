@@ -11,13 +11,13 @@ class Answer(NamedTuple):
 
     denoised: the clean estimate (B, ...) for the sampler, guided by a scale or by other patches. anchor: the one that is the
     mean of the clean images behind the sample, (B, ...) float32: under classifier-free guidance the conditional prediction
-    alone. The guided one is no such mean, it lies beyond: seen from it every sample has too much noise. guided: whether
-    there was classifier-free guidance.
+    alone. The guided one is no such mean, it lies beyond: seen from it every sample has too much noise. guided:
+    (B,) bool, whether the two differ; told where a trained predictor asks for it.
     """
 
     denoised: torch.Tensor
     anchor: torch.Tensor
-    guided: bool = False
+    guided: torch.Tensor | None = None
 
 
 Ask = Callable[[torch.Tensor, torch.Tensor], Answer]

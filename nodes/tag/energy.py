@@ -67,12 +67,15 @@ def minus_log_likelihood(across, away, share, precision, log_v) -> torch.Tensor:
 
 
 class Counted(NamedTuple):
-    """How many values of a sample count, n: on average; of every sample, (B,) or one for all; 4 / n alike; whether those are many."""
+    """How many values of a sample count, n: on average; of every sample, (B,) or one for all; 4 / n alike; whether samples have many
+    values, those that do not count included; enough, (B,): 0 for samples of which a mask leaves so few that nothing can be told,
+    None without a mask."""
 
     average: float
     values: torch.Tensor
     four_over: torch.Tensor
     many: bool
+    enough: torch.Tensor | None
 
     @classmethod
     def of(cls, u: torch.Tensor, weight: torch.Tensor | None) -> "Counted":
@@ -81,8 +84,9 @@ class Counted(NamedTuple):
             values = torch.tensor(float(u[0].numel()))
         else:
             values = weight.float().expand(u.shape).flatten(1).sum(dim=1).clamp_min(1.0)
-        average = float(values.mean())
-        return cls(average, values, 4.0 / values, average >= FEWEST)
+        many = u[0].numel() >= FEWEST
+        enough = None if weight is None or not many else (values >= FEWEST).to(u.dtype)
+        return cls(float(values.mean()), values, 4.0 / values, many, enough)
 
 
 class Disturbance(NamedTuple):
@@ -127,6 +131,8 @@ class Disturbance(NamedTuple):
             of_lost = torch.addcmul(of_lost, of_lost, apart, value=STRICT)
         gaps, chance = torch.stack([lost, grown]), torch.stack([of_lost, apart * counted.four_over])
         lost, grown = beyond_chance(gaps, chance).unbind(0)
+        if counted.enough is not None:
+            lost, grown = lost * counted.enough, grown * counted.enough
         kept = ONE - lost.clamp_max(0.9)
         return cls(torch.sub(grown, kept.log(), alpha=2.0), kept)
 

@@ -6,6 +6,7 @@ works with every sampler and guider. State is made when a run begins and dies wi
 
 import functools
 import logging
+import math
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from ..latents import FrameLayout, check_latent
 from .answer import Answer
 from .compatibility import check_predictor
+from .course import FEWEST
 from .energy import EnergyEstimator
 from .judge import Judge
 from .levels import Schedule
@@ -79,19 +81,25 @@ class GuidancePatch:
         reason = unguided_reason(layout, guider.model_patcher.get_model_object("model_sampling"))
         if reason is None and denoise_mask is not None:
             whole = layout.frames(denoise_mask.expand(noise.shape) >= PAINTED)
-            record.painted = whole.unflatten(0, (layout.batch, -1)).flatten(1).any(dim=1).cpu()
+            values = whole.unflatten(0, (layout.batch, -1)).flatten(1).sum(dim=1).cpu()
+            record.painted = values > 0
             reason = None if record.painted.any() else UNPAINTED
+            few = (record.painted & (values < FEWEST)).nonzero()[:, 0].tolist() if math.prod(layout.shape[1:]) >= FEWEST else []
+            record.notes += [f"The noise mask paints fewer than {FEWEST} values of sample {', '.join(map(str, few))}: too few to "
+                             "tell noise from chance. Without a time predictor these are only measured."] * bool(few)
         if reason:
             record.refuse(reason)
             output = executor(*arguments, **kwargs)
         else:
             run = GuidedRun(settings, self.predictor, record, guider, denoise_mask)
-            wrapper = functools.partial(GuidedRun.predict_noise, run)
-            add_wrapper_with_key(WrappersMP.PREDICT_NOISE, WRAPPER_KEY, wrapper, transformer_options)
+            wrappers = [(kind, functools.partial(method, run)) for kind, method in GuidedRun.WRAPPERS.items()]
+            for kind, wrapper in wrappers:
+                add_wrapper_with_key(kind, WRAPPER_KEY, wrapper, transformer_options)
             try:
                 output = executor(*arguments, **kwargs)
             finally:
-                transformer_options["wrappers"][WrappersMP.PREDICT_NOISE][WRAPPER_KEY].remove(wrapper)
+                for kind, wrapper in wrappers:
+                    transformer_options["wrappers"][kind][WRAPPER_KEY].remove(wrapper)
         self.report.add(record, output)
         return output
 
@@ -126,24 +134,28 @@ class GuidedRun:
         limits = (model_sampling.percent_to_sigma(p) for p in (settings.start_percent, settings.end_percent))
         self.sigma_start, self.sigma_end = (float(limit) for limit in limits)
         image, weight, painted = FrameLayout.of([self.layout.shape]), None, None
+        self.mask: torch.Tensor | None = None
+        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.scheduled: torch.Tensor | None = None
         if denoise_mask is not None:
-            if len(self.layout.shapes) > 1:
-                denoise_mask = self.layout.image(denoise_mask)
+            self.mask = self.layout.image(denoise_mask).to(device)
             # Where a mask is soft the sampler goes on with a mixture of the estimate and the latent, not with the estimate.
-            weight = (denoise_mask.to(device) >= PAINTED).float()
+            weight = (self.mask >= PAINTED).float()
             painted = image.frames(weight.expand(self.layout.shape)).flatten(1).amax(dim=1)
+        self.weight, self.predictor_at_work = weight, predictor is not None
         energy = EnergyEstimator(weight, float(record.schedule.log_snr.min()))
         if predictor is None:
             self.steering = Steering(settings, energy)
         else:
             judge = Judge(predictor, device, image, guider, painted)
-            self.steering = Steering(settings, NetworkEstimator(judge, judge.levels, energy), judge.gradient)
+            estimator = NetworkEstimator(judge, judge.levels, energy, scales(guider))
+            self.steering = Steering(settings, estimator, judge.gradient)
         # The parts of a nested latent share one sigma, and only the image part is seen: it stays the step's.
         self.steering.may_ask_elsewhere = len(self.layout.shapes) == 1
 
     def predict_noise(self, executor, x, timestep, model_options={}, seed=None):
         """Wrapper around one prediction: same arguments, same kind of result, the clean estimate (B, ...)."""
-        sigma = timestep.reshape(-1).float().expand(len(x))
+        guider, sigma = executor.class_obj, timestep.reshape(-1).float().expand(len(x))
         level, scale = self.process.level_and_scale(sigma)
         image, whole = self.layout.image(x), None
         u = self.process.vp(image, scale)
@@ -155,8 +167,12 @@ class GuidedRun:
             else:
                 asked = self.process.noisier(sigma, level, level_asked)
                 moved = u_asked * column(self.process.scale(asked), u_asked)
+            asked = asked.to(timestep.dtype)
+            if moved is not image and self.weight is not None:
+                moved = torch.where(self.weight > 0, moved, self._as_kept(image, guider.model_patcher.model, timestep, asked, model_options))
             moved = x if moved is image else self.layout.with_image(x, moved.to(x.dtype))
-            answer = self._answer(executor, moved, asked.to(timestep.dtype), model_options, seed)
+            self.scheduled = None if asked is timestep else timestep
+            answer = self._answer(executor, moved, asked, model_options, seed)
             whole = answer.denoised
             return answer._replace(denoised=self.layout.image(whole), anchor=self.layout.image(answer.anchor))
 
@@ -165,19 +181,76 @@ class GuidedRun:
         return self.layout.with_image(whole, denoised)
 
     def _answer(self, executor, x, timestep, model_options, seed) -> Answer:
-        """The guider's prediction and, if it uses classifier-free guidance, the conditional prediction that went into it."""
-        conditional, scale = None, 1.0
+        """The guider's prediction and, if it guides, the conditional prediction that went into it."""
+        conditional = None
 
         def note(arguments: dict) -> torch.Tensor:
-            nonlocal conditional, scale
-            conditional, scale = arguments.get("cond_denoised"), arguments.get("cond_scale", 1.0)
+            nonlocal conditional
+            conditional = arguments.get("cond_denoised")
             return arguments["denoised"]
 
         options = set_model_options_post_cfg_function(model_options.copy(), note)
         denoised = executor(x, timestep, options, seed)
-        return Answer(denoised, (denoised if conditional is None else conditional).float(), scale != 1.0)
+        anchor = (denoised if conditional is None else conditional).float()
+        if self.predictor_at_work:
+            return Answer(denoised, anchor, (denoised != anchor).flatten(1).any(dim=1))
+        return Answer(denoised, anchor)
+
+    def sampler_sample(self, executor, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, *args, **kwargs):
+        """Wrapper around the sampler inside a run: notes what an inpainting mask keeps, from which the sampler makes what the model sees there."""
+        options = getattr(executor.class_obj, "inpaint_options", None)
+        if options is not None and not options.get("random") and latent_image is not None and len(self.layout.shapes) == 1:
+            self.kept = noise, latent_image
+        try:
+            return executor(model_wrap, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
+        finally:
+            self.kept = None
+
+    def _as_kept(self, image: torch.Tensor, model, timestep: torch.Tensor, asked: torch.Tensor, model_options: dict) -> torch.Tensor:
+        """The sample where the mask does not paint wholly, as the sampler would have made it at the sigmas that the model is asked with.
+
+        Some video models get the frames that are kept without noise, whatever the sigma. Where that cannot be told the sample stays.
+        """
+        if self.kept is None or asked is timestep or "denoise_mask_function" in model_options:
+            return image
+        noise, latent_image = (part.to(image) for part in self.kept)
+        now, then = (
+            model.scale_latent_inpaint(x=image, sigma=sigma, noise=noise, latent_image=latent_image)
+            for sigma in (timestep.reshape(-1).expand(len(image)), asked)
+        )
+        return image + (1.0 - self.mask) * (then - now)
+
+    def calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
+        """Wrapper around one evaluation of all prompts: which of them are at work is told by the schedule, not by the level that the
+        first sample of the batch has."""
+        if self.scheduled is not None:
+            conds = [group and at_work(group, self.scheduled) for group in conds]
+        return executor(model, conds, x_in, timestep, model_options)
 
     def _within(self, timestep: torch.Tensor) -> bool:
         if self.settings.start_percent == 0 and self.settings.end_percent == 1:
             return True
         return self.sigma_end <= float(timestep.max()) <= self.sigma_start
+
+    WRAPPERS = {
+        WrappersMP.SAMPLER_SAMPLE: sampler_sample, WrappersMP.PREDICT_NOISE: predict_noise, WrappersMP.CALC_COND_BATCH: calc_cond_batch,
+    }
+
+
+def scales(guider) -> bool:
+    """Whether a guider scales beyond the conditional prediction, as far as it says: core's keep their scales as cfg, cfg1 and cfg2."""
+    return any(getattr(guider, name, 1.0) != 1.0 for name in ("cfg", "cfg1", "cfg2"))
+
+
+def at_work(group: list[dict], timestep: torch.Tensor) -> list[dict]:
+    """The conditionings of a group that are at work at this step, without their ranges, which the sampler would compare with another level."""
+    sigma, chosen = None, []
+    for cond in group:
+        start, end = cond.get("timestep_start"), cond.get("timestep_end")
+        if start is not None or end is not None:
+            sigma = float(timestep.reshape(-1)[0]) if sigma is None else sigma
+            if (start is not None and sigma > start) or (end is not None and sigma < end):
+                continue
+            cond = {name: value for name, value in cond.items() if name not in ("timestep_start", "timestep_end")}
+        chosen.append(cond)
+    return chosen

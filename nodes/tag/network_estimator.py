@@ -13,18 +13,21 @@ from .posterior import Measured, Posterior, averaged_terms
 class NetworkEstimator:
     """p(level | u) is the network's; of its surplus and that of the energies (energy.py) the larger counts.
 
-    Where the last answer came by classifier-free guidance the energies' surplus alone counts: the network knows samples as
+    Where the last answer was guided, by a scale or another patch, the energies' surplus alone counts: the network knows samples as
     the model draws them without, and takes what guidance does to one for noise.
 
     Args:
         judge: u (B, ...) -> logits (B, K).
         levels: (K,) log-SNR of the classes.
+        guided: whether the first answer of the run will be, as far as that is known: a run may begin in the middle of another.
     """
 
-    def __init__(self, judge: Callable[[torch.Tensor], torch.Tensor], levels: torch.Tensor, energy: EnergyEstimator):
+    def __init__(
+        self, judge: Callable[[torch.Tensor], torch.Tensor], levels: torch.Tensor, energy: EnergyEstimator, guided: bool = False
+    ):
         self.judge, self.levels, self.energy = judge, levels, energy
         self.terms: torch.Tensor | None = None
-        self.guided = False
+        self.guided: bool | torch.Tensor = guided
         self._known: tuple[torch.Tensor, Measured] | None = None
 
     def _told(self, u: torch.Tensor, step: Step) -> Measured:
@@ -42,8 +45,10 @@ class NetworkEstimator:
         """What the network says, beside what the energies found."""
         told = self._told(u, step)
         if found is None:
-            return told
-        surplus = found.surplus if self.guided else torch.maximum(told.surplus, found.surplus)
+            return told._replace(surplus=torch.zeros_like(told.surplus)) if self.guided is True else told
+        surplus = torch.maximum(told.surplus, found.surplus)
+        if self.guided is not False:
+            surplus = found.surplus if self.guided is True else torch.where(self.guided, found.surplus, surplus)
         return Measured(told.posterior, surplus, found.kept)
 
     def before(self, u: torch.Tensor, step: Step) -> Measured:
@@ -55,5 +60,5 @@ class NetworkEstimator:
         return self.before(u, step)
 
     def keep(self, answer: Answer) -> None:
-        self._known, self.guided = None, answer.guided
+        self._known, self.guided = None, False if answer.guided is None else answer.guided
         self.energy.keep(answer)

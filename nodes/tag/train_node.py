@@ -50,6 +50,8 @@ def clean_frames(model, latents: dict) -> tuple[torch.Tensor, int]:
     largest = samples.abs().amax().item()
     if largest > LARGEST:
         raise ValueError(f"latents: values up to {largest:.3g} came; those of images stay within about 30. Encode the images again.")
+    if samples.amin() == samples.amax():
+        raise ValueError("latents: they hold one value everywhere, as an Empty Latent does. Latents of images are wanted (VAE Encode).")
     return layout.frames(samples).clone(), layout.frames_per_sample
 
 
