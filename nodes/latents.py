@@ -9,6 +9,10 @@ import torch.nn.functional as F
 import comfy.utils
 
 
+TEMPORAL_RATIOS = {"Wan21": 4, "HunyuanVideo": 4, "HunyuanVideo15": 4, "Mochi": 6, "LTXV": 8, "Cosmos1CV8x8x8": 8}
+"""Image frames that a latent frame of ComfyUI's formats stands for, by the format's class. Releases such as 0.16.3 do not say it themselves."""
+
+
 @dataclass(frozen=True)
 class FrameLayout:
     """How to see a sampler's tensor as frames (F, C, H, W), F = batch x time, and how to get back.
@@ -149,7 +153,10 @@ def frames_to_mask(frames: torch.Tensor, layout: FrameLayout, latent_format) -> 
 
 def temporal_ratio(latent_format) -> int:
     """Image frames of a video that one latent frame after the first stands for."""
-    return int(getattr(latent_format, "temporal_downscale_ratio", 1) or 1)
+    told = getattr(latent_format, "temporal_downscale_ratio", None)
+    if told is None:
+        told = next((TEMPORAL_RATIOS[kind.__name__] for kind in type(latent_format).__mro__ if kind.__name__ in TEMPORAL_RATIOS), 1)
+    return int(told or 1)
 
 
 def pixels(fraction: float, side: int, minimum: int = 0) -> int:

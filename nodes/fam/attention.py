@@ -27,6 +27,9 @@ from .token_maps import level_grid, pool_tokens, resize_tokens, view_maps
 
 WRAPPER_KEY = "artifact_guard.fam"
 
+ATTENTION = "optimized_attention_override"
+"""Where a model's transformer_options keep what is called instead of its attention, such as another implementation of it."""
+
 TARGETS = {"key and value": (True, True), "key": (True, False), "value": (False, True)}
 
 
@@ -83,10 +86,7 @@ def patch_attention(
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, WRAPPER_KEY, patch.forget)
     if family is UNET:
         patched.set_model_attn1_patch(patch.unet_patch)
-    elif family.hook == OVERRIDE:
-        options = patched.model_options["transformer_options"]
-        options["optimized_attention_override"] = patch.override(options.get("optimized_attention_override"))
-    else:
+    elif family.hook != OVERRIDE:  # of which there is one a model, that other nodes set too: apply_model puts ours around it
         patched.set_model_attn1_patch(patch.transformer_patch)
     return patched
 
@@ -128,8 +128,11 @@ class FlawAttention:
             if not call.is_of(x):
                 call = None
                 self.tell(x)
+        transformer_options = {**transformer_options, self.key: call}
+        if call is not None and self.family.hook == OVERRIDE:
+            transformer_options[ATTENTION] = self.override(transformer_options.get(ATTENTION))
         with as_written() if call is not None else contextlib.nullcontext():
-            return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, self.key: call}, **kwargs)
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     def tell(self, x: torch.Tensor) -> None:
         """That the map has no place in what the network was given; once a run."""

@@ -2,7 +2,9 @@
 
 import re
 
-from .families import Family
+from comfy.ldm.modules.attention import SpatialTransformer
+
+from .families import UNET, Family
 
 ITEM = re.compile(r"([a-z]*)\s*[.: ]?\s*(?:(\d+)(?:\s*-\s*(\d+))?)?")
 
@@ -42,7 +44,21 @@ def parse_blocks(text: str, family: Family, network) -> set[tuple[str, int]] | N
         if not first <= last < counts[kind]:
             raise ValueError(f"blocks is {text!r}: {item.strip()!r} is not there. This model has {there}.")
         chosen |= {(kind, number) for number in range(first, last + 1)}
+    if family is UNET:
+        attending = attending_blocks(network)
+        if not chosen & attending:
+            names = ", ".join(f"{kind}.{number}" for kind, number in sorted(attending))
+            raise ValueError(f"blocks is {text!r}: there is no attention in them. It is in {names}.")
     return chosen
+
+
+def attending_blocks(network) -> set[tuple[str, int]]:
+    """Those blocks of a UNet that have attention, which convolutions make up the rest of."""
+    parts = {"input": network.input_blocks, "middle": [network.middle_block], "output": network.output_blocks}
+    return {
+        (kind, number) for kind, blocks in parts.items() for number, block in enumerate(blocks)
+        if any(isinstance(module, SpatialTransformer) for module in block.modules())
+    }
 
 
 def running_block(options: dict) -> tuple[str, int] | None:

@@ -11,11 +11,12 @@ from .token_maps import CallView
 
 @dataclass
 class Sampled:
-    """What CALC_COND_BATCH knows: the whole latent's shape, each conditioning's area by its id, the frames in view."""
+    """What CALC_COND_BATCH knows: the whole latent's shape, each conditioning's area by its id, the frames or samples in view."""
 
     shape: tuple[int, ...]
     areas: dict
     frames: tuple[int, ...] | None
+    samples: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -41,7 +42,8 @@ class Call:
         if self.view.frames is not None:
             places[0] = len(self.view.frames)
         sizes = [tuple(places) if area is None else tuple(area[: len(places)]) for area in self.view.areas]
-        return len(x) == self.shape[0] * len(sizes) and all(tuple(x.shape[2:]) == size for size in sizes)
+        samples = self.shape[0] if self.view.samples is None else len(self.view.samples)
+        return len(x) == samples * len(sizes) and all(tuple(x.shape[2:]) == size for size in sizes)
 
 
 def sampled_latent(x: torch.Tensor, conds: list, options: dict) -> Sampled:
@@ -54,18 +56,20 @@ def sampled_latent(x: torch.Tensor, conds: list, options: dict) -> Sampled:
     """
     areas = {cond["uuid"]: area_of(cond, x.shape) for group in conds if group for cond in group}
     window = options.get("context_window")
-    frames = window_frames(window, x.shape)
-    if frames is None:
+    inside = window_of(window, x.shape)
+    if inside is None:
         return Sampled(tuple(x.shape), areas, None)
-    total = getattr(window, "total_frames", 0) or max(frames) + 1
-    return Sampled((*x.shape[:2], total, *x.shape[3:]), areas, frames)
+    total = getattr(window, "total_frames", 0) or max(inside) + 1
+    if window.dim == 0:
+        return Sampled((total, *x.shape[1:]), areas, None, inside)
+    return Sampled((*x.shape[:2], total, *x.shape[3:]), areas, inside)
 
 
 def model_call(sampled: Sampled, family: Family, network, x, c_crossattn, options: dict, more: dict) -> Call:
     """The call of a network with these arguments of BaseModel.apply_model; `more` are its conditionings by name."""
     areas = tuple(sampled.areas.get(uuid) for uuid in options["uuids"])
     beside = more.get("image_cond")
-    view = CallView(len(x), areas, sampled.frames, 0 if beside is None else beside.shape[-1])
+    view = CallView(len(x), areas, sampled.frames, 0 if beside is None else beside.shape[-1], sampled.samples)
     call, token = Call(sampled.shape, view, network), family.token(network)
     call.text = 0 if c_crossattn is None else c_crossattn.shape[1]
     call.references = sum(tokens_of(latent, token) for latent in more.get("ref_latents") or [])
@@ -87,15 +91,17 @@ def area_of(cond: dict, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     return (*(min(full - o, s) for full, s, o in zip(shape[2:], sizes, offsets)), *offsets)
 
 
-def window_frames(window, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The latent frames in a context window; None if there is no window or it is not one of a video's frames."""
-    if window is None or len(shape) != 5 or getattr(window, "dim", None) != 2:
+def window_of(window, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Which latent frames are in a context window, or which samples, where a video's frames are a batch (dim 0); None if there is no
+    window or one of something else."""
+    dim = getattr(window, "dim", None)
+    if dim != 0 and (dim != 2 or len(shape) != 5):
         return None
-    frames = list(window.index_list)
+    inside = list(window.index_list)
     anchor = getattr(window, "causal_anchor_index", None)
     if anchor is not None and anchor >= 0:
-        frames = [anchor, *frames]
-    return tuple(frames) if len(frames) == shape[2] else None
+        inside = [anchor, *inside]
+    return tuple(inside) if len(inside) == shape[dim] else None
 
 
 def tokens_of(latent: torch.Tensor, token: tuple[int, int, int]) -> int:

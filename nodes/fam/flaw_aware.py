@@ -98,7 +98,7 @@ class FlawAwareTraining:
     Every draw depends on (seed, step) only, so that a run in pieces is the same run.
 
     Raises:
-        ValueError: the attention of this kind of model cannot be reached and attention_strength is not 0.
+        ValueError: the attention of this kind of model cannot be reached and attention_strength is not 0, in a run that refines.
     """
 
     def __init__(
@@ -115,8 +115,7 @@ class FlawAwareTraining:
         self.writes_in_place: bool | None = None  # a trial shows it; till then torch's guard is on, which costs time
         self.names = names_of(model, sampling)
         self.attention = AttentionSettings(settings.attention_strength)
-        if self.attention.strength:
-            patch_attention(model, torch.ones(1, 1, 1), self.attention)
+        self.check_attention()
 
     @property
     def uses_map(self) -> bool:
@@ -125,6 +124,15 @@ class FlawAwareTraining:
     def keep_phase_border(self, base_steps: int) -> None:
         """Let the base phase end after this many steps, as it was to when the run began."""
         self.phases = replace(self.phases, base_steps=base_steps)
+        self.check_attention()
+
+    def check_attention(self) -> None:
+        """That the maps can act in the attention of this kind of model, if the run comes to have maps and they are to."""
+        if self.attention.strength and self.phases.maps(0):
+            try:
+                patch_attention(self.model, torch.ones(1, 1, 1), self.attention)
+            except ValueError as reason:
+                raise ValueError(f"{reason} Or set attention_strength to 0, or base_fraction to 1.") from reason
 
     def run(self, watcher: Watcher | None = None) -> None:
         """Train to the end of the run."""

@@ -48,7 +48,7 @@ def flaw_map(
         batch: how many images are judged at once.
 
     Returns:
-        MASK (B, H, W) in 0..1, and probabilities (B,), both on the CPU. The maps are relative: 1 is the most suspect
+        MASK (B, H, W) in 0..1, and probabilities (B,) float64, which tells those near 1 apart, both on the CPU. The maps are relative: 1 is the most suspect
         place of that image, however sound the image is; the probability says how suspect it is.
 
     Raises:
@@ -58,4 +58,4 @@ def flaw_map(
     parts = [grad_cam(highlighter.network, part.to(device)) for part in images.split(batch)]
     maps, logits = (torch.cat([part[i].float().cpu() for part in parts]) for i in (0, 1))
     maps = F.interpolate(scale_to_one(maps)[:, None], size=image.shape[1:3], mode="bilinear")[:, 0]
-    return maps.clamp(0, 1), logits.softmax(dim=1)[:, GENERATED]
+    return maps.clamp(0, 1), logits.double().softmax(dim=1)[:, GENERATED]

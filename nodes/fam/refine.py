@@ -76,7 +76,8 @@ class Refiner:
         if getattr(samples, "is_nested", False):
             raise ValueError("latent: a latent of video and sound together cannot be refined. Separate the video part first.")
         self.format = model.get_model_object("latent_format")
-        self.samples = comfy.sample.fix_empty_latent_channels(model, samples)
+        self.device = samples.device  # with --gpu-only not the CPU, where maps and probabilities are
+        self.samples = comfy.sample.fix_empty_latent_channels(model, samples).cpu()
         check_latent(self.samples, self.format, nested=False)
         self.layout = FrameLayout.of([self.samples.shape])
         if self.layout is None:
@@ -89,12 +90,12 @@ class Refiner:
         except ValueError as reason:
             self.attention, self.unpatched = AttentionSettings(0.0), str(reason)
             logging.warning("Artifact Guard: refining goes on without the attention patch. %s", reason)
-        self.maps, self.probabilities = self.judge(self.samples)
+        self.maps, self.probabilities = self.judge(decode(vae, self.samples))
         self.report = [{"sample": i, "before": p, "rounds": []} for i, p in enumerate(self.probabilities.tolist())]
 
-    def judge(self, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps of all image frames, and the probability of each sample: the mean over its frames."""
-        maps, probabilities = flaw_map(self.highlighter, decode(self.vae, samples))
+    def judge(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the decoded frames of all samples: their maps, and the probability of each sample, the mean over its frames."""
+        maps, probabilities = flaw_map(self.highlighter, images)
         return maps, probabilities.unflatten(0, (self.layout.batch, -1)).mean(dim=1)
 
     def regions(self) -> torch.Tensor:
@@ -106,6 +107,8 @@ class Refiner:
         mask = self.latent.get("noise_mask")
         if mask is not None:
             shape = (*self.samples.shape[:1], 1, *self.samples.shape[2:])
+            if self.samples.ndim == 5 and mask.ndim < 5 and mask[..., 0, 0].numel() == len(self.samples):
+                mask = mask.reshape(-1, 1, 1, *mask.shape[-2:])  # one for each sample, which core takes for one video's frames
             regions = regions * comfy.utils.reshape_mask(mask, shape)[:, :1].to(regions)
         return regions
 
@@ -134,18 +137,21 @@ class Refiner:
         if not regions.any():
             return False
         redrawn = self.resample(regions, number)
-        whole = redrawn.flatten(1).isfinite().all(dim=1)
-        redrawn = torch.where(whole.view(-1, *[1] * (redrawn.ndim - 1)), redrawn, self.samples)
-        maps, probabilities = self.judge(redrawn)
-        better = (probabilities < self.probabilities) & whole.cpu()
-        for entry, probability, kept, numbers, region in zip(
-            self.report, probabilities.tolist(), better.tolist(), whole.tolist(), regions
+        sampled = redrawn.flatten(1).isfinite().all(dim=1)
+        redrawn = torch.where(sampled.view(-1, *[1] * (redrawn.ndim - 1)), redrawn, self.samples)
+        images = decode(self.vae, redrawn)
+        decoded = images.unflatten(0, (self.layout.batch, -1)).flatten(1).isfinite().all(dim=1).cpu()
+        whole = sampled & decoded
+        maps, probabilities = self.judge(images.nan_to_num(0.0, 0.0, 0.0))
+        better = (probabilities < self.probabilities) & whole
+        for entry, probability, kept, numbers, was_sampled, region in zip(
+            self.report, probabilities.tolist(), better.tolist(), whole.tolist(), sampled.tolist(), regions
         ):
             if region.any():
                 told = {"probability": probability if numbers else None, "kept": kept}
                 told["region"] = round((region > 0).float().mean().item(), 4)
                 if not numbers:
-                    told["note"] = "undone: the sampler gave NaN or infinite values for this one"
+                    told["note"] = f"undone: the {'VAE' if was_sampled else 'sampler'} gave NaN or infinite values for this one"
                 entry["rounds"].append(told)
         self.samples = torch.where(better.view(-1, *[1] * (redrawn.ndim - 1)), redrawn, self.samples)
         frames = better.repeat_interleave(len(maps) // len(better))
@@ -165,4 +171,4 @@ class Refiner:
                 why = f"judged sound (below {FLAWED})" if entry["before"] < FLAWED else f"its map reaches the threshold nowhere{within}"
                 entry["note"] = f"left as it is: {why}"
         report = {"images": self.report} | ({"note": self.unpatched} if self.unpatched else {})
-        return {**self.latent, "samples": self.samples}, self.maps, report
+        return {**self.latent, "samples": self.samples.to(self.device)}, self.maps, report

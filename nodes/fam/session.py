@@ -44,7 +44,8 @@ def starting_network(settings: TrainingSettings) -> Backbone:
                 "or give it a name that does not begin with vgg16."
             ) from error
         logging.info("Artifact Guard: the highlighter starts from %s", path)
-        break
+        return network
+    logging.info("Artifact Guard: there is no vgg16*.safetensors in models/%s: the highlighter starts from nothing", FOLDER)
     return network
 
 
@@ -89,13 +90,14 @@ def train_highlighter(
         smallest = SMALLEST_SIDE[settings.backbone]
         raise ValueError(f"image_size is {settings.image_size}; {settings.backbone} needs {smallest} or more.")
     device = comfy.model_management.get_torch_device()
+    comfy.model_management.free_memory(1e30, device)  # of what was sampled with before
     if start is None:
         training = Training(real, generated, settings, device, starting_network(settings))
     else:
         training = Training(real, generated, settings, device, start.network, start.settings)
     try:
         training.run(progress(training))
-        warnings = warnings_of(check_cues(training.best, *training.held_out(), device))
+        warnings = warnings_of(check_cues(training.best, *training.held_out(), device, training.judged_at_once))
     except BaseException:
         keep_best(training)
         raise

@@ -93,18 +93,18 @@ def exchanges(hot: torch.Tensor) -> dict[str, Callable]:
     }
 
 
-def check_cues(network: Backbone, images: torch.Tensor, classes: torch.Tensor, device: torch.device) -> list[Cue]:
+def check_cues(network: Backbone, images: torch.Tensor, classes: torch.Tensor, device: torch.device, at_once: int = 16) -> list[Cue]:
     """All checks on held-out images.
 
     Args:
-        images: (N, 3, H, W) in 0..1. classes: (N,).
+        images: (N, 3, H, W) in 0..1. classes: (N,). at_once: images that are judged side by side.
 
     Returns:
         One Cue a check; with fewer than four pairs of rightly judged images none was made, see `warnings_of`.
     """
     def verdicts(batch: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            return torch.cat([network(part.clone().to(device)).argmax(dim=1).cpu() for part in batch.split(16)])
+            return torch.cat([network(part.clone().to(device)).argmax(dim=1).cpu() for part in batch.split(at_once)])
 
     right = verdicts(images) == classes
     real, generated = images[right & (classes == REAL)], images[right & (classes == GENERATED)]
@@ -112,7 +112,7 @@ def check_cues(network: Backbone, images: torch.Tensor, classes: torch.Tensor, d
     if pairs < FEWEST_PAIRS:
         return [Cue(part, 0.0, pairs) for part in ADVICE]
     real, generated = real[:pairs], generated[:pairs]
-    maps = torch.cat([grad_cam(network, part.to(device))[0].cpu() for part in generated.split(16)])
+    maps = torch.cat([grad_cam(network, part.to(device))[0].cpu() for part in generated.split(at_once)])
     hot = F.interpolate(scale_to_one(maps)[:, None], size=images.shape[-2:], mode="bilinear") > HOT
     found = []
     for part, exchange in exchanges(hot).items():

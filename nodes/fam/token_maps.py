@@ -15,12 +15,14 @@ class CallView:
         latent's axes after the channels.
     frames: indices of the latent frames in the call, when it holds only some of them (context windows).
     wider: columns of a second image that the network is shown at the right of the first.
+    samples: indices of the samples in the call, when it holds only some of them.
     """
 
     rows: int
     areas: tuple[tuple[int, ...] | None, ...] = (None,)
     frames: tuple[int, ...] | None = None
     wider: int = 0
+    samples: tuple[int, ...] | None = None
 
 
 def view_maps(maps: torch.Tensor, view: CallView) -> torch.Tensor:
@@ -28,6 +30,8 @@ def view_maps(maps: torch.Tensor, view: CallView) -> torch.Tensor:
 
     Rows come chunk by chunk, each chunk the whole batch in order, as ComfyUI concatenates conditionings.
     """
+    if view.samples is not None:
+        maps = maps[list(view.samples)]
     if view.frames is not None:
         maps = maps[:, list(view.frames)]
     parts = []

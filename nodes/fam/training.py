@@ -14,6 +14,7 @@ from .highlighter import GENERATED, REAL, HighlighterSettings, fit_images
 
 FEWEST_IMAGES = 8
 HELD_OUT = 0.1
+JUDGED_AT_ONCE = 16
 BETAS = (0.5, 0.999)
 LARGEST_GRADIENT = 1.0
 """Norm to which gradients are clipped: a network that starts from nothing may be thrown off in its first steps."""
@@ -57,7 +58,8 @@ def check_classes(real: torch.Tensor, generated: torch.Tensor) -> None:
         if len(images) < FEWEST_IMAGES:
             raise ValueError(
                 f"{name}: {len(images)} images came; at least {FEWEST_IMAGES} of each class are wanted, and a few hundred for "
-                "a highlighter that is of use. Load a folder of images."
+                "a highlighter that is of use. Load a folder of images. If it came one by one, as Load Image (from Folder) gives it, "
+                "put Rebatch Images between, with a batch_size as large as the folder."
             )
     if real.shape[1:3] != generated.shape[1:3]:
         sizes = [f"{images.shape[2]}x{images.shape[1]}" for images in (real, generated)]
@@ -141,6 +143,11 @@ class Training:
         return math.ceil(max(map(len, self.train_images)) / self.half_batch)
 
     @property
+    def judged_at_once(self) -> int:
+        """Images that are judged side by side: no more than memory has to hold in a step anyway."""
+        return min(JUDGED_AT_ONCE, self.settings.batch_size)
+
+    @property
     def half_batch(self) -> int:
         """Images of one class in a batch: no more than there are of the larger one."""
         return min(max(1, self.settings.batch_size // 2), max(map(len, self.train_images)))
@@ -174,7 +181,7 @@ class Training:
         images, classes = self.held_out()
         self.network.eval()
         with torch.no_grad():
-            logits = torch.cat([self.network(part.to(self.device)).float().cpu() for part in images.split(16)])
+            logits = torch.cat([self.network(part.to(self.device)).float().cpu() for part in images.split(self.judged_at_once)])
         right = (logits.argmax(dim=1) == classes).float()
         accuracy = (right[classes == REAL].mean() + right[classes == GENERATED].mean()).item() / 2
         weights = torch.where(classes == REAL, 1 / (classes == REAL).sum(), 1 / (classes == GENERATED).sum())

@@ -9,6 +9,24 @@ from artifact_guard.nodes.fam.training import TrainingSettings
 from tests.exact.images import shape_images
 
 
+SQUARE = (slice(None), slice(8, 16), slice(8, 16))
+"""Of images (B, H, W, C): what the judge below calls flawed where it is bright."""
+
+
+def by_brightness(highlighter, image):
+    """Stands in for `flaw_map`: the map is a fixed square, the probability the mean brightness inside it."""
+    maps = torch.zeros(image.shape[:3])
+    maps[SQUARE] = 1
+    return maps, image[SQUARE].mean(dim=(1, 2, 3)).clamp(0, 1)
+
+
+def flawed(batch=2, value=1.0):
+    """A latent of the demo model: black images with a square of this value in the range -1 to 1."""
+    samples = torch.full((batch, 3, 32, 32), -1.0)
+    samples[:, :, 8:16, 8:16] = value
+    return {"samples": samples}
+
+
 def images(count=16, size=32, seed=0):
     """IMAGE (count, size, size, 3) of figures."""
     return (shape_images(count, size, 3, seed).movedim(1, -1) + 1) / 2

@@ -143,3 +143,18 @@ def test_reference_images_of_omnigen2():
     bare, marked = (watched(small, m, **prompts).values for m in (None, torch.ones(1, 16, 16)))
     changed = [(b != m).any(dim=(1, 3))[0].tolist() for b, m in zip(bare, marked) if not torch.equal(b, m)]
     assert changed[0] == [False] * (6 + 64) + [True] * 64
+
+
+def test_frames_as_a_batch_with_context_windows():
+    """A window over samples 2 to 5 of 8 (dim 0, as AnimateDiff's) gets the maps of these; one map for all acts too."""
+    small = small_model("sd15")
+    handler = comfy.context_windows.IndexListContextHandler(
+        context_schedule=comfy.context_windows.get_matching_context_schedule("standard_static"),
+        fuse_method=comfy.context_windows.get_matching_fuse_method("pyramid"), context_length=4, context_overlap=1, dim=0,
+    )
+    model, latent, frames = small.model.clone(), small.latent(8), torch.zeros(8, 16, 16)
+    model.model_options["context_handler"] = handler
+    frames[7] = 1
+    bare, one, last = (sample(small, on, latent, steps=2) for on in (model, patch(small, square(), model=model), patch(small, frames, model=model)))
+    changed = (bare != last).flatten(1).any(dim=1)
+    assert not close(one, bare) and changed[7] and not changed[:4].any()

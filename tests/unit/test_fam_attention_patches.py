@@ -153,6 +153,7 @@ def test_blocks(family, blocks, calls):
     ("flux", "triple.0", "this model has no 'triple.0'; it has double.0-1, single.0-1"),
     ("flux", "double 0;1", "is not understood"),
     ("sd3", "2", "does not tell which of its blocks is running"),
+    ("sdxl", "input.0-1", "there is no attention in them. It is in input"),
 ])
 def test_blocks_that_are_not_there(family, blocks, words):
     small = small_model(family)

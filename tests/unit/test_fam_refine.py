@@ -11,19 +11,7 @@ from artifact_guard.nodes.fam.refine import Refiner, RefineSettings
 from artifact_guard.nodes.fam.schema import FAMRefine
 
 from tests.small_models import small_model
-
-
-class Judge:
-    """Stands in for a highlighter: the map is a fixed square, the probability the mean brightness inside it."""
-
-    SQUARE = (slice(None), slice(8, 16), slice(8, 16))
-
-
-def by_brightness(highlighter, image):
-    """A flaw map: bright squares are flawed."""
-    maps = torch.zeros(image.shape[:3])
-    maps[Judge.SQUARE] = 1
-    return maps, image[Judge.SQUARE].mean(dim=(1, 2, 3)).clamp(0, 1)
+from tests.unit.fam_support import SQUARE, by_brightness, flawed
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +23,6 @@ def judged_by_brightness(monkeypatch):
 @pytest.fixture(scope="module")
 def demo():
     return load_demo_model()
-
-
-def flawed(batch=2, value=1.0):
-    """Black images with a square of this value in the range -1 to 1."""
-    samples = torch.full((batch, 3, 32, 32), -1.0)
-    samples[:, :, 8:16, 8:16] = value
-    return {"samples": samples}
 
 
 def run(demo, latent, **settings):
@@ -89,7 +70,7 @@ def test_a_round_that_made_it_worse_is_undone(demo, monkeypatch):
 
     def flaw_map(highlighter, image):
         maps = torch.zeros(image.shape[:3])
-        maps[Judge.SQUARE] = 1
+        maps[SQUARE] = 1
         return maps, next(values)
 
     monkeypatch.setattr(refine, "flaw_map", flaw_map)
@@ -238,3 +219,51 @@ def test_settings_that_cannot_work(demo, wrong, words):
 def test_latents_that_cannot_be_refined(demo, samples, words):
     with pytest.raises(ValueError, match=words):
         run(demo, {"samples": samples})
+
+
+class Frames:
+    """A VAE of a video model: one picture a latent frame, as bright as its first channel."""
+
+    def decode(self, samples):
+        pictures = samples[:, :1].movedim(1, -1).expand(*samples.shape[:1], *samples.shape[2:], 3)
+        return pictures.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+
+def test_each_sample_of_a_video_model_has_its_own_noise_mask():
+    """Pictures as latents of one frame (Qwen-Image): a mask for each, which core would take for the frames of one clip."""
+    small = small_model("qwen_image")
+    latent = small.latent(2)
+    samples = latent["samples"] = torch.ones_like(latent["samples"])
+    mask = torch.zeros(2, 8 * samples.shape[-2], 8 * samples.shape[-1])
+    half = mask.shape[-1] // 2
+    mask[0, :, :half] = 1
+    mask[1, :, half:] = 1
+    refiner = Refiner(small.model, Frames(), None, small.conditioning(1), small.conditioning(2), latent | {"noise_mask": mask},
+                      RefineSettings(1, 3, 1.0, "euler", "simple", 0.5))
+    refiner.maps = torch.ones_like(refiner.maps)
+    first, second = refiner.regions()[:, 0, 0]
+    column = first.shape[-1] // 2
+    assert first[:, :column].all() and not first[:, column:].any()
+    assert second[:, column:].all() and not second[:, :column].any()
+
+
+def test_a_picture_that_the_vae_gives_as_nan_stays_as_it_was(demo):
+    """Its batch-mates go on, and the report says whose fault it was."""
+    model, vae = demo
+
+    class Overflowing:
+        calls = 0
+
+        def decode(self, samples):
+            images = vae.decode(samples).clone()
+            self.calls += 1
+            if self.calls == 2:
+                images[0] = float("nan")
+            return images
+
+    latent = flawed()
+    refined, _, report = run((model, Overflowing()), latent)
+    (first,), (second,) = (entry["rounds"] for entry in report["images"])
+    assert not first["kept"] and first["probability"] is None and "the VAE gave NaN" in first["note"]
+    assert torch.equal(refined["samples"][0], latent["samples"][0])
+    assert second["kept"] and not torch.equal(refined["samples"][1], latent["samples"][1])

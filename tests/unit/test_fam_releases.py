@@ -1,9 +1,11 @@
 """The attention patch on releases of ComfyUI whose networks call fewer hooks: said in words, never without effect."""
 
+import comfy.latent_formats
 import pytest
 import torch
 from artifact_guard.nodes.fam import families
 from artifact_guard.nodes.fam.attention import AttentionSettings, patch_attention
+from artifact_guard.nodes.latents import temporal_ratio
 
 from tests.small_models import sample, small_model
 
@@ -50,3 +52,16 @@ def test_without_block_numbers_the_patch_still_acts(older, monkeypatch):
     assert family.numbered == {}
     blind = sample(small, patch_attention(small.model, MAP, AttentionSettings(0.3)))
     assert torch.equal(blind, whole) and not torch.equal(whole, sample(small))
+
+
+@pytest.mark.parametrize("name, ratio", [
+    ("SD15", 1), ("Flux", 1), ("Wan21", 4), ("Wan22", 4), ("HunyuanVideo", 4), ("HunyuanVideo15", 4), ("Mochi", 6), ("LTXV", 8), ("Cosmos1CV8x8x8", 8),
+])
+def test_frames_of_a_video_are_known_in_releases_whose_formats_do_not_tell(name, ratio, monkeypatch):
+    """The same as of formats that do."""
+    latent_format = getattr(comfy.latent_formats, name)()
+    assert temporal_ratio(latent_format) == ratio
+    for kind in type(latent_format).__mro__:
+        if "temporal_downscale_ratio" in vars(kind):
+            monkeypatch.delattr(kind, "temporal_downscale_ratio")
+    assert not hasattr(latent_format, "temporal_downscale_ratio") and temporal_ratio(latent_format) == ratio

@@ -10,7 +10,7 @@ import pytest
 import torch
 from artifact_guard.nodes.fam import session
 from artifact_guard.nodes.fam.augment import augment, jpeg
-from artifact_guard.nodes.fam.backbones import new_network
+from artifact_guard.nodes.fam.backbones import Backbone, new_network
 from artifact_guard.nodes.fam.highlighter import GENERATED, KIND, REAL
 from artifact_guard.nodes.fam.schema import FAMLoadFlawHighlighter, FAMTrainFlawHighlighter
 from artifact_guard.nodes.fam.spurious import band_mask, border_mask, check_cues, exchange_band, warnings_of
@@ -358,3 +358,23 @@ def test_exchanged_parts():
     everything = band_mask(16, 16, 0.0, 1.0)
     assert torch.allclose(exchange_band(one, other, everything), other, atol=1e-5)
     assert torch.allclose(exchange_band(one, other, ~everything), one, atol=1e-5)
+
+
+def test_no_more_images_at_once_than_a_batch(monkeypatch):
+    """Judging the held-out ones and looking for cues included: batch_size is what bounds the memory. Before it other models make room."""
+    made_room, counts, forward = [], [], Backbone.forward
+
+    def counted(network, given):
+        counts.append(len(given))
+        return forward(network, given)
+
+    monkeypatch.setattr(Backbone, "forward", counted)
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda *given: made_room.append(given))
+    with torch.inference_mode():
+        session.train_highlighter(images(60, seed=1), spoil(images(60, seed=2))[0], settings(1, batch_size=4))
+    assert max(counts) == 4 and len(made_room) == 1
+
+
+def test_images_that_came_one_by_one_are_told_how_to_come_together():
+    with pytest.raises(ValueError, match="real: 1 images came.*Rebatch Images"):
+        FAMTrainFlawHighlighter.execute(images(1), images(8), 1, 8, 2e-5, 32, 0, "small")

@@ -12,6 +12,8 @@ from artifact_guard.kernels import cells, local_net, robust_threshold, score_dyn
 from artifact_guard.nodes.asced import guard as guard_module
 from artifact_guard.nodes.asced import repair, waiting
 from artifact_guard.nodes.asced.learned import trap_net
+from artifact_guard.nodes.demo.model import class_token, load_demo_model
+from artifact_guard.nodes.fam import refine
 from artifact_guard.nodes.fam.attention import AttentionSettings, patch_attention
 from artifact_guard.nodes.tag.guidance import guide_model
 from artifact_guard.nodes.tag.settings import TagSettings
@@ -19,6 +21,7 @@ from artifact_guard.nodes.tag.settings import TagSettings
 from tests.exact.model import exact_model
 from tests.pretended_gpu import GPU, MixedDevices, PretendedGpu
 from tests.small_models import sample, shallow_sd15, small_model
+from tests.unit.fam_support import by_brightness, flawed
 from tests.unit.guard_support import SQUARE, empty, found, guard, images, ksampler, trap
 from tests.unit.tag_support import fresh_predictor
 
@@ -172,3 +175,18 @@ def test_attention_patch(make):
         lambda model: sample(small, model, steps=2),
     )
     assert all("amount: copied there" in place for place in run.waits) and len(run.waits) <= 4, run.waits
+
+
+def test_refining_of_latents_that_are_on_a_gpu(monkeypatch):
+    """As with --gpu-only: maps and probabilities are on the CPU; the latent comes back to where it was."""
+    monkeypatch.setattr(refine, "flaw_map", by_brightness)
+    model, vae = load_demo_model()
+    latent, prompt = flawed(), [[class_token(1), {}]]
+    settings = refine.RefineSettings(1, 3, 1.0, "euler", "normal", 0.6)
+    with torch.inference_mode():
+        expected = refine.Refiner(model, vae, None, prompt, prompt, latent, settings).run()[0]["samples"]
+        with PretendedGpu():
+            there = {"samples": latent["samples"].to(GPU)}
+            result = refine.Refiner(model, vae, None, prompt, prompt, there, settings).run()[0]["samples"]
+            assert result.device == GPU
+            torch.testing.assert_close(result.cpu(), expected)
