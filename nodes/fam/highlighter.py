@@ -55,10 +55,10 @@ class FlawHighlighter:
     @torch.inference_mode(False)
     @torch.no_grad()
     def generated_probability(self, image: torch.Tensor, batch: int = 16) -> torch.Tensor:
-        """How surely each image is generated, (B,), 0..1, on the CPU. image: IMAGE (B, H, W, C)."""
+        """How surely each image is generated, (B,) float64, 0..1, on the CPU. image: IMAGE (B, H, W, C)."""
         device, images = self.load(), fit_images(image, self.settings)
         logits = [self.network(part.to(device)).float().cpu() for part in images.split(batch)]
-        return torch.cat(logits).softmax(dim=1)[:, GENERATED]
+        return torch.cat(logits).double().softmax(dim=1)[:, GENERATED]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """(tensors, settings) for a file: weights in half precision, those that it cannot hold, as the variances of a network trained

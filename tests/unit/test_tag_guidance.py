@@ -150,9 +150,9 @@ def test_noisy_runs_of_a_trained_network_come_back(trained):
 def test_undisturbed_runs_of_a_trained_network_stay(cfg):
     """The demo model, with and without classifier-free guidance: chance in the noise is no reason to ask elsewhere."""
     bare, _ = load_demo_model()
-    classes = torch.cat([class_token(label) for label in range(8)])
+    classes = torch.cat([class_token(label) for label in range(0, 8, 2)])
     tokens = {"positive": [[classes, {}]], "negative": [[class_token(None), {}]]}
-    options = {"shape": (8, 3, 32, 32), "steps": 20, "cfg": cfg} | tokens
+    options = {"shape": (4, 3, 32, 32), "steps": 16, "cfg": cfg} | tokens
     apart = (run(guide(bare)[0], **options) - run(bare, **options)).square().mean().sqrt()
     assert apart < 0.06
 

@@ -61,14 +61,14 @@ def test_a_run_by_time_is_the_run_of_that_many_steps(small_run, monkeypatch, tmp
     monkeypatch.setattr(training_runs.time, "monotonic", lambda: next(clock))
     for name in ("whole", "time"):
         (tmp_path / name).mkdir()
-    by_time = small_run(tmp_path / "time", steps=None, minutes=3)
+    by_time = small_run(tmp_path / "time", steps=None, minutes=1.5)
     told = json.loads((tmp_path / "time" / train_demo.TRAINING).read_text())
     assert told["steps"] == told["planned"] > 3
     monkeypatch.undo()
     monkeypatch.setattr(train_demo, "BATCH", 4)
     whole = small_run(tmp_path / "whole", steps=told["steps"])
     assert all(torch.equal(whole[name], by_time[name]) for name in whole)
-    again = small_run(tmp_path / "time", steps=None, minutes=3)
+    again = small_run(tmp_path / "time", steps=None, minutes=1.5)
     assert all(torch.equal(whole[name], again[name]) for name in whole), "nothing is left to do"
 
 
