@@ -15,6 +15,7 @@ from comfy.model_patcher import set_model_options_post_cfg_function
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..latents import FrameLayout, check_latent
+from .alignment import length
 from .answer import Answer
 from .compatibility import check_predictor
 from .course import FEWEST
@@ -30,6 +31,10 @@ from .steering import Steering
 from .time_gap import RunRecord, TimeGapReport
 
 WRAPPER_KEY = "artifact_guard.tag"
+
+ROUNDING = 1e-3
+"""Up to this share of it a guided prediction is the conditional one: at a scale of 1 some patches have both predictions calculated and
+put together, half precision rounds that."""
 
 PAINTED = 0.999
 """Of an inpainting mask, from where on a place is wholly painted."""
@@ -173,6 +178,7 @@ class GuidedRun:
             moved = x if moved is image else self.layout.with_image(x, moved.to(x.dtype))
             self.scheduled = None if asked is timestep else timestep
             answer = self._answer(executor, moved, asked, model_options, seed)
+            self.scheduled = None
             whole = answer.denoised
             return answer._replace(denoised=self.layout.image(whole), anchor=self.layout.image(answer.anchor))
 
@@ -193,7 +199,7 @@ class GuidedRun:
         denoised = executor(x, timestep, options, seed)
         anchor = (denoised if conditional is None else conditional).float()
         if self.predictor_at_work:
-            return Answer(denoised, anchor, (denoised != anchor).flatten(1).any(dim=1))
+            return Answer(denoised, anchor, length(denoised.float() - anchor) > ROUNDING * length(anchor))
         return Answer(denoised, anchor)
 
     def sampler_sample(self, executor, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, *args, **kwargs):

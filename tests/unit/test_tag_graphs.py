@@ -168,3 +168,13 @@ def test_a_run_that_goes_on_under_guidance_is_not_taken_for_noise_by_a_predictor
             for on in (bare, guide(bare, load_predictor(SHIPPED))[0])
         ]
     assert moved(*rest) < 1e-4
+
+
+def test_both_predictions_at_scale_1_are_no_guidance():
+    """As a patch has them that turns core's shortcut off: put together they are the conditional one but for rounding, and the predictor counts."""
+    bare, _ = load_demo_model()
+    whole = bare.clone()
+    whole.model_options["disable_cfg1_optimization"] = True
+    settings = {"shape": (2, 3, 32, 32), "steps": 5, "noise": 0.2, "positive": prompt(3), "negative": prompt(None)}
+    one, other = (run(guide(on, load_predictor(SHIPPED))[0], **settings) for on in (bare, whole))
+    assert moved(one, other) < 1e-4
