@@ -57,7 +57,7 @@ def attending_blocks(network) -> set[tuple[str, int]]:
     parts = {"input": network.input_blocks, "middle": [network.middle_block], "output": network.output_blocks}
     return {
         (kind, number) for kind, blocks in parts.items() for number, block in enumerate(blocks)
-        if any(isinstance(module, SpatialTransformer) for module in block.modules())
+        if block is not None and any(isinstance(module, SpatialTransformer) for module in block.modules())  # small UNets have no middle
     }
 
 

@@ -44,12 +44,11 @@ class NetworkEstimator:
     def _beside(self, u: torch.Tensor, step: Step, found: Disturbance | None) -> Measured:
         """What the network says, beside what the energies found."""
         told = self._told(u, step)
-        if found is None:
-            return told._replace(surplus=torch.zeros_like(told.surplus)) if self.guided is True else told
-        surplus = torch.maximum(told.surplus, found.surplus)
+        known = torch.zeros_like(told.surplus) if found is None else found.surplus
+        surplus = torch.maximum(told.surplus, known)
         if self.guided is not False:
-            surplus = found.surplus if self.guided is True else torch.where(self.guided, found.surplus, surplus)
-        return Measured(told.posterior, surplus, found.kept)
+            surplus = known if self.guided is True else torch.where(self.guided, known, surplus)
+        return Measured(told.posterior, surplus, told.kept if found is None else found.kept)
 
     def before(self, u: torch.Tensor, step: Step) -> Measured:
         """What is known before the model is asked."""

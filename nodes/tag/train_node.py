@@ -50,8 +50,6 @@ def clean_frames(model, latents: dict) -> tuple[torch.Tensor, int]:
     largest = samples.abs().amax().item()
     if largest > LARGEST:
         raise ValueError(f"latents: values up to {largest:.3g} came; those of images stay within about 30. Encode the images again.")
-    if samples.amin() == samples.amax():
-        raise ValueError("latents: they hold one value everywhere, as an Empty Latent does. Latents of images are wanted (VAE Encode).")
     return layout.frames(samples).clone(), layout.frames_per_sample
 
 
@@ -63,7 +61,7 @@ def training_data(model, latents: list[dict], conditioning: list | None) -> Trai
         conditioning: the entries of all conditions in order, or None.
 
     Raises:
-        ValueError: too few latents, NaN in them, latents of another model or of several sizes, or conditions that do not
+        ValueError: too few latents, empty ones, NaN in them, latents of another model or of several sizes, or conditions that do not
             fit them.
     """
     if not latents:
@@ -81,6 +79,8 @@ def training_data(model, latents: list[dict], conditioning: list | None) -> Trai
             "latents: a single one came. At least two are wanted, one of which is held out; hundreds make a predictor "
             "good. Batch them (Rebatch Latents, VAE Encode of an image batch), or sample many with the model."
         )
+    if frames.amin() == frames.amax():
+        raise ValueError("latents: they hold one value everywhere, as an Empty Latent does. Latents of images are wanted (VAE Encode).")
     if conditioning is None:
         return TrainingData(frames)
     means = condition_means(conditioning)

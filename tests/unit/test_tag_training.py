@@ -436,3 +436,11 @@ def test_channels_of_every_format_of_core():
 def test_numbers_that_came_over_a_wire_are_checked(settings, words):
     with pytest.raises(ValueError, match=words):
         train_node_run(**settings)
+
+
+def test_empty_latents_are_refused():
+    """A whole batch of an Empty Latent; one picture of one colour among others is no mistake."""
+    flat = torch.zeros(8, 3, 16, 16)
+    with pytest.raises(ValueError, match="one value everywhere, as an Empty Latent"):
+        train_node.training_data(model("eps"), [{"samples": flat}], None)
+    assert len(train_node.training_data(model("eps"), [{"samples": flat[:1]}, {"samples": flat[:1] + 0.5}], None).frames) == 2
