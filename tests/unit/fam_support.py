@@ -57,7 +57,7 @@ def train_on_grids():
     if not LEARNED:
         real, generated = images(120, seed=1), spoil(images(120, seed=2))[0]
         with torch.inference_mode():
-            LEARNED.append(session.train_highlighter(real, generated, settings(epochs=14, batch_size=16, size=64)))
+            LEARNED.append(session.train_highlighter(real, generated, settings(epochs=14, batch_size=16, size=48)))
     return LEARNED[0]
 
 

@@ -70,7 +70,7 @@ def test_regions_renoised_from_their_surroundings_escape(images):
     denoiser = ExactDenoiser(images, 0.05)
     clean = torch.cat([guarded_run(artifact_guard, exact_model(images), LOOK, 900 + s).result for s in range(4)])
     counts = {}
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         batch = Batch(artifact_guard, images, "eps", seed, denoiser, clean)
         for correction in ("surroundings", "targeted"):
             settings = options.GuardSettings(options=options.AscedOptions(correction=correction))

@@ -173,7 +173,7 @@ def test_going_on_leaves_the_given_one_as_it_is(learned):
         again, training = session.train_highlighter(
             images(20, seed=21), spoil(images(20, seed=22))[0], settings(1, size=256, backbone="vgg16", rate=1e-6), judge
         )
-    assert again.settings.backbone == "small" and again.settings.image_size == 64
+    assert again.settings.backbone == "small" and again.settings.image_size == 48
     assert again.settings.epochs == judge.settings.epochs + training.best_epoch and training.accuracy >= 0.75
     assert all(torch.equal(a, b) for a, b in zip(judge.network.parameters(), before))
 

@@ -86,7 +86,7 @@ def test_bend_map(shape, device):
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.6, 1.0, 2.3, 9.0])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 17, 30), (1, 1, 5, 257)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 9, 18), (1, 1, 5, 257)])
 def test_change_speed(shape, sigma, device):
     """Images smaller than the blur's reach included; a NaN spreads as far as in the reference."""
     reference, triton = kernel("change_speed", device)
