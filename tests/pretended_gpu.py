@@ -199,6 +199,7 @@ class PretendedGpu(TorchDispatchMode):
             "load_models_gpu": lambda *_, **__: None, "cuda_device_context": contextlib.nullcontext,
             "get_free_memory": lambda device=None, torch_free_too=False: (2**34, 2**34) if torch_free_too else 2**34,
         }
+        replaced = {name: stand_in for name, stand_in in replaced.items() if hasattr(comfy.model_management, name)}  # 0.16.3 lacks one
         self.undo.enter_context(mock.patch.multiple(comfy.model_management, **replaced))
         self.undo.enter_context(mock.patch.object(torch.cuda, "_lazy_init", lambda: None))
         self.undo.enter_context(mock.patch.dict(os.environ, {VARIABLE: "torch"}))

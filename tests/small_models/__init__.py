@@ -48,3 +48,16 @@ def small_model(family: str, seed: int = 0) -> SmallModel:
 
 
 __all__ = ["FAMILIES", "SmallModel", "not_in_this_release", "sample", "shallow_sd15", "small_model"]
+
+
+def reachable(small: SmallModel) -> SmallModel:
+    """The model, if a patch can reach its attention in this release."""
+    from artifact_guard.nodes.fam.families import family_of
+
+    try:
+        family_of(small.model.get_model_object("diffusion_model"))
+    except ValueError as refusal:
+        if "in this release" not in str(refusal):
+            raise
+        not_in_this_release(f"lets nobody reach the attention of {small.family}: {refusal}")
+    return small

@@ -65,7 +65,7 @@ def flux2(seed: int) -> SmallModel:
         "mlp_silu_act": True, "ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0,
         "txt_ids_dims": [3],
     }
-    return SmallModel("flux2", build(supported.Flux2, sizes, seed), channels=128, width=24, size=(8, 8))
+    return SmallModel("flux2", build(supported.Flux2, sizes, seed), channels=128, width=24, size=(8, 8), pooled=24)
 
 
 def chroma(seed: int) -> SmallModel:

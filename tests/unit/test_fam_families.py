@@ -15,7 +15,7 @@ from artifact_guard.nodes.fam.families import FAMILIES, NO_HOOK, class_name, fam
 
 from tests.harness.pack import ROOT
 from tests.small_models import FAMILIES as SMALL_FAMILIES
-from tests.small_models import not_in_this_release, sample, small_model
+from tests.small_models import not_in_this_release, reachable, sample, small_model
 
 STRENGTH = 0.3
 """Far above the published 0.025, so that a wrong token shows."""
@@ -97,14 +97,7 @@ def close(one, other):
 
 @pytest.fixture(scope="module")
 def small(request):
-    made = small_model(request.param)
-    try:
-        family_of(made.model.get_model_object("diffusion_model"))
-    except ValueError as refusal:
-        if "in this release" not in str(refusal):
-            raise
-        not_in_this_release(f"lets nobody reach the attention of {request.param}: {refusal}")
-    return made
+    return reachable(small_model(request.param))
 
 
 each_small = pytest.mark.parametrize("small", SMALL_FAMILIES, indirect=True)

@@ -20,7 +20,7 @@ from artifact_guard.nodes.tag.settings import TagSettings
 
 from tests.exact.model import exact_model
 from tests.pretended_gpu import GPU, MixedDevices, PretendedGpu
-from tests.small_models import sample, shallow_sd15, small_model
+from tests.small_models import reachable, sample, shallow_sd15, small_model
 from tests.unit.fam_support import by_brightness, flawed
 from tests.unit.guard_support import SQUARE, empty, found, guard, images, ksampler, trap
 from tests.unit.tag_support import fresh_predictor
@@ -168,6 +168,7 @@ FAMILIES = {"sd15": shallow_sd15, "flux": functools.partial(small_model, "flux")
 def test_attention_patch(make):
     """The map is brought to the model's grids on the host, once each."""
     small = make()
+    reachable(small)
     mask = torch.zeros(1, *(8 * side for side in small.size))
     mask[:, :40] = 1.0
     run = Both(
