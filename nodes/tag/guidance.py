@@ -42,6 +42,8 @@ PAINTED = 0.999
 
 SECOND = ("another Temporal Alignment Guidance on the same model corrects this run: two would correct twice. This one only measures, and "
           "sees the samples as the other one asks the model for them")
+TOO_FEW = ("The noise mask paints fewer than {} values of sample {}: too few to tell noise from chance. Without a time predictor "
+           "these are only measured.")
 UNPAINTED = "the noise mask paints nothing wholly, and of what is painted in part, or from some step on, the noise cannot be told"
 
 
@@ -89,9 +91,8 @@ class GuidancePatch:
             values = whole.unflatten(0, (layout.batch, -1)).flatten(1).sum(dim=1).cpu()
             record.painted = values > 0
             reason = None if record.painted.any() else UNPAINTED
-            few = (record.painted & (values < FEWEST)).nonzero()[:, 0].tolist() if math.prod(layout.shape[1:]) >= FEWEST else []
-            record.notes += [f"The noise mask paints fewer than {FEWEST} values of sample {', '.join(map(str, few))}: too few to "
-                             "tell noise from chance. Without a time predictor these are only measured."] * bool(few)
+            few = [str(i) for i, count in enumerate(values.tolist()) if 0 < count < FEWEST <= math.prod(layout.shape[1:])]
+            record.notes += [TOO_FEW.format(FEWEST, ", ".join(few))] * bool(few)
         if reason:
             record.refuse(reason)
             output = executor(*arguments, **kwargs)
