@@ -107,7 +107,8 @@ class Refiner:
         mask = self.latent.get("noise_mask")
         if mask is not None:
             shape = (*self.samples.shape[:1], 1, *self.samples.shape[2:])
-            if self.samples.ndim == 5 and mask.ndim < 5 and mask[..., 0, 0].numel() == len(self.samples):
+            count = mask[..., 0, 0].numel()
+            if self.samples.ndim == 5 and mask.ndim < 5 and count == len(self.samples) != self.samples.shape[2]:
                 mask = mask.reshape(-1, 1, 1, *mask.shape[-2:])  # one for each sample, which core takes for one video's frames
             regions = regions * comfy.utils.reshape_mask(mask, shape)[:, :1].to(regions)
         return regions

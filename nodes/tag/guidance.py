@@ -255,7 +255,8 @@ def at_work(group: list[dict], timestep: torch.Tensor) -> list[dict]:
     for cond in group:
         start, end = cond.get("timestep_start"), cond.get("timestep_end")
         if start is not None or end is not None:
-            sigma = float(timestep.reshape(-1)[0]) if sigma is None else sigma
+            # A tensor: what it is compared with is rounded to its precision, as in core.
+            sigma = timestep.reshape(-1)[0].cpu() if sigma is None else sigma
             if (start is not None and sigma > start) or (end is not None and sigma < end):
                 continue
             cond = {name: value for name, value in cond.items() if name not in ("timestep_start", "timestep_end")}

@@ -13,8 +13,8 @@ from .posterior import Measured, Posterior, averaged_terms
 class NetworkEstimator:
     """p(level | u) is the network's; of its surplus and that of the energies (energy.py) the larger counts.
 
-    Where the last answer was guided, by a scale or another patch, the energies' surplus alone counts: the network knows samples as
-    the model draws them without, and takes what guidance does to one for noise.
+    Of samples whose answers were guided, by a scale or another patch, the energies' surplus alone counts: the network knows samples
+    as the model draws them without, and takes what guidance does to one for noise.
 
     Args:
         judge: u (B, ...) -> logits (B, K).
@@ -59,5 +59,7 @@ class NetworkEstimator:
         return self.before(u, step)
 
     def keep(self, answer: Answer) -> None:
-        self._known, self.guided = None, False if answer.guided is None else answer.guided
+        if answer.guided is not None and self.guided is not True:  # a sample that was guided once stays so
+            self.guided = answer.guided if self.guided is False else self.guided | answer.guided
+        self._known = None
         self.energy.keep(answer)

@@ -12,6 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
+from tests.exact.model import conditioning
 from tests.small_models import small_model
 from tests.unit.tag_support import SIZE, guide, images, model, noisy_euler, run
 
@@ -178,3 +179,23 @@ def test_both_predictions_at_scale_1_are_no_guidance():
     settings = {"shape": (2, 3, 32, 32), "steps": 5, "noise": 0.2, "positive": prompt(3), "negative": prompt(None)}
     one, other = (run(guide(on, load_predictor(SHIPPED))[0], **settings) for on in (bare, whole))
     assert moved(one, other) < 1e-4
+
+
+def test_a_step_on_the_border_of_a_range_has_the_prompts_that_core_gives_it():
+    """20 steps of a flow model: sigma 0.8 in single precision, and prompts that change over at 0.8 in double. Both are at work there."""
+    bare, counts = model("flow"), []
+    first, second = (
+        node_helpers.conditioning_set_values(conditioning(0), {"start_percent": start, "end_percent": end})
+        for start, end in ((0.0, 0.2), (0.2, 1.0))
+    )
+
+    def see(executor, x, t, *args, **kwargs):
+        counts[-1].append(len(x))
+        return executor(x, t, *args, **kwargs)
+
+    watched = bare.clone()
+    watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "see", see)
+    for on in (watched, guide(watched)[0]):
+        counts.append([])
+        run(on, steps=20, positive=first + second)
+    assert counts[0] == counts[1] and max(counts[0]) == 2 * min(counts[0])
