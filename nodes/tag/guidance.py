@@ -33,8 +33,8 @@ from .time_gap import RunRecord, TimeGapReport
 WRAPPER_KEY = "artifact_guard.tag"
 
 ROUNDING = 1e-3
-"""Up to this share of it a guided prediction is the conditional one: at a scale of 1 some patches have both predictions calculated and
-put together, half precision rounds that."""
+"""A prediction that differs from the conditional one by up to this share of it is not guided: at a scale of 1 some patches have both
+predictions calculated and put together, which rounds."""
 
 PAINTED = 0.999
 """Of an inpainting mask, from where on a place is wholly painted."""
