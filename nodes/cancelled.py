@@ -4,7 +4,7 @@ PLAIN = (bool, int, float, str)
 
 
 class CancelledRuns:
-    """How often a node of one kind was cancelled with the same widgets; that is its fingerprint for ComfyUI's cache.
+    """How often each node of one kind was cancelled with the same widgets; that is its fingerprint for ComfyUI's cache.
 
     A node that is cancelled and gives what it has learned so far ends well, as far as ComfyUI can tell. With another
     fingerprint the next Run trains, as after any other cancel.
@@ -13,14 +13,14 @@ class CancelledRuns:
     def __init__(self):
         self.runs: list[set] = []
 
-    def add(self, inputs: dict) -> None:
-        """A run with these inputs of the node was cancelled."""
-        self.runs.append(widgets(inputs))
+    def add(self, inputs: dict, node: str | None = None) -> None:
+        """A run of the node with this id and these inputs was cancelled."""
+        self.runs.append(widgets({**inputs, "node": node}))
 
-    def fingerprint(self, inputs: dict) -> int:
+    def fingerprint(self, inputs: dict, node: str | None = None) -> int:
         """What fingerprint_inputs gives. ComfyUI shows it the values of the node's own widgets alone: of one that a link feeds
-        there is None, and runs of any value of it count."""
-        known = widgets(inputs)
+        there is None, and runs of any value of it count; so do those of every node where the id is not known."""
+        known = widgets({**inputs, "node": node})
         return sum(known <= run for run in self.runs)
 
 

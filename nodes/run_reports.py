@@ -12,11 +12,13 @@ FINGERPRINT_VALUES = 256
 
 
 class RunRecord(Protocol):
-    """What a report keeps of one run. `layout` is None if the latent has no image part; then there is no fingerprint."""
+    """What a report keeps of one run. `layout` is None if the latent has no image part; then there is no fingerprint. held: bytes of
+    its tensors, known when it is filed."""
 
     layout: FrameLayout | None
     notes: list[str]
     fingerprint: torch.Tensor | None
+    held: int
 
     def close(self, output: torch.Tensor) -> None:
         """The run is over: bring everything to the CPU and take the fingerprint of the sampler's tensor it gave."""
@@ -24,13 +26,15 @@ class RunRecord(Protocol):
 
 Record = TypeVar("Record", bound=RunRecord)
 
-RECENT_RUNS: deque[tuple[type, object, RunRecord]] = deque(maxlen=64)
-"""The last runs of all patched models: (kind of report, settings, record). ComfyUI may throw a patched model out of its
-cache while it keeps the sampler's output; the patch is then made anew, with an empty report, and finds its run here."""
-
+KEPT_RUNS = 1024
+"""Records of one list, at most. ComfyUI samples all latents of a list before the first report of them is asked for."""
 
 KEPT_BYTES = 2**30
 """Of all tensors in the records of one list, about: a loop over videos must not fill the memory."""
+
+RECENT_RUNS: deque[tuple[type, object, RunRecord]] = deque(maxlen=2 * KEPT_RUNS)
+"""The last runs of all patched models: (kind of report, settings, record); the all-in-one node's are of two kinds. ComfyUI may throw a
+patched model out of its cache while it keeps the sampler's output; the patch is then made anew, with an empty report, and finds its run here."""
 
 
 def forget_the_oldest(records: list[RunRecord]) -> int:
@@ -38,7 +42,7 @@ def forget_the_oldest(records: list[RunRecord]) -> int:
     one stays in any case."""
     held = 0
     for kept, record in enumerate(reversed(records)):
-        held += sum(value.nbytes for value in vars(record).values() if isinstance(value, torch.Tensor))
+        held += record.held
         if held > KEPT_BYTES and kept > 0:
             return len(records) - kept
     return 0
@@ -58,11 +62,12 @@ class RunReport(Generic[Record]):
     def __init__(self, settings, latent_format):
         self.settings = settings
         self.latent_format = latent_format
-        self.runs: deque[Record] = deque(maxlen=16)
+        self.runs: deque[Record] = deque(maxlen=KEPT_RUNS)
 
     def add(self, record: Record, output: torch.Tensor) -> None:
         """File the record of a finished run under the output (a sampler's tensor) that it gave."""
         record.close(output)
+        record.held = sum(value.nbytes for value in vars(record).values() if isinstance(value, torch.Tensor))
         self.runs.append(record)
         RECENT_RUNS.append((type(self), self.settings, record))
         for runs, records in ((self.runs, list(self.runs)), (RECENT_RUNS, [entry[-1] for entry in RECENT_RUNS])):
@@ -92,8 +97,8 @@ class RunReport(Generic[Record]):
         newest = copy.copy(self.runs[-1])
         if newest.layout is not None:
             newest.notes = newest.notes + [
-                f"The latent is not the {self.patched} sampler's own output; this is the newest run of the "
-                f"{self.patched} model."
+                f"The latent is not the {self.patched} sampler's own output, or its run is no longer kept; this is the newest run "
+                f"of the {self.patched} model."
             ]
         return newest
 

@@ -79,7 +79,6 @@ class GuardedRun:
         begin = len(self.schedule) - len(sigmas) if keeps_to_schedule(sampler_function, options) else None
         while True:
             self.watch.forget()
-            self.waiting = None
             probe = ModelProbe(model, known, extra_args.get("model_options"), self._redraw, self._judge)
             watching = self._watching_callback(probe, shape, callback, first_step, begin)
             try:
@@ -101,6 +100,7 @@ class GuardedRun:
                 restart = left.with_traceback(None)  # which holds all that the sampler had at hand
             finally:
                 self.record.model_calls += probe.calls
+                self.waiting = None  # it knows this run: left there by an interruption, it would hold all tensors until garbage is collected
             x, known = restart.x, None
             remaining = self._rest_of_schedule(restart.sigma, sigmas)
             self.begun = x, remaining[0]

@@ -114,7 +114,7 @@ class FAMTrainLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> int:
-        return CANCELLED.fingerprint(inputs)
+        return CANCELLED.fingerprint(inputs, id_of(cls))
 
     @classmethod
     def execute(
@@ -142,7 +142,7 @@ class FAMTrainLoRA(io.ComfyNode):
             lora, curves, flaw_map, cancelled = learn(model, data, samples, sampling, settings, rank, every, node_id, earlier, resume)
         free_what_is_done_with()
         if cancelled:
-            CANCELLED.add(inputs)
+            CANCELLED.add(inputs, node_id)
         return io.NodeOutput(lora, curves, flaw_map, ui=ui.PreviewImage(curves, cls=cls))
 
 

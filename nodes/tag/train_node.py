@@ -15,7 +15,7 @@ from ..cancelled import CancelledRuns
 from ..latents import FrameLayout, check_latent
 from ..plots import Panel, draw_chart
 from ..run_reports import image_part
-from ..told import show_last
+from ..told import id_of, show_last
 from .compatibility import check_predictor, kind_of
 from .levels import TIMES, Schedule
 from .predictor import TimePredictor
@@ -204,11 +204,12 @@ class TAGTrainTimePredictor(io.ComfyNode):
                 io.Float.Output("time_gap", display_name="time_gap", tooltip="Mean error on held-out latents, in "
                                 "thousandths of the model's schedule; lower is better."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> int:
-        return CANCELLED.fingerprint(inputs)
+        return CANCELLED.fingerprint(inputs, id_of(cls))
 
     @classmethod
     def execute(
@@ -219,7 +220,7 @@ class TAGTrainTimePredictor(io.ComfyNode):
         entries = None if conditioning is None else [entry for given in conditioning for entry in given]
         predictor, curve, gap, cancelled = train(model[0], latents, settings, entries, time_predictor and time_predictor[0])
         if cancelled:
-            CANCELLED.add({"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed})
+            CANCELLED.add({"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}, id_of(cls))
         return io.NodeOutput(predictor, curve, gap, ui=ui.PreviewImage(curve, cls=cls))
 
 

@@ -416,3 +416,9 @@ def test_a_cancelled_run_is_another_one_to_the_cache_whatever_a_link_feeds():
     assert [runs.fingerprint(given) for given in (
         {"steps": 50, "seed": 3}, {"steps": None, "seed": 3, "model": None}, {"steps": [None], "seed": 4}, {"steps": 49, "seed": 3})
     ] == [1, 1, 0, 0]
+
+
+def test_a_cancelled_node_is_another_one_to_the_cache_and_one_beside_it_is_not():
+    runs, widgets = CancelledRuns(), {"steps": 50, "seed": 3}
+    runs.add(widgets, "7:2")
+    assert [runs.fingerprint(widgets, node) for node in ("7:2", "7:3", None)] == [1, 0, 1]

@@ -12,6 +12,7 @@ import nodes as core_nodes
 import pytest
 import torch
 from artifact_guard.nodes.asced import corrector, learned, repair
+from artifact_guard.nodes.asced import guard as guard_module
 from artifact_guard.nodes.asced.detector import Findings
 from artifact_guard.nodes.asced.estimate import Estimate
 from artifact_guard.nodes.asced.options import AscedOptions, GuardSettings
@@ -357,6 +358,35 @@ def test_the_unguarded_result_is_kept_on_request(sampler, kind):
     unguarded = ASCEDUnguarded.execute(report, latent).result[0]["samples"]
     assert same(unguarded, ksampler(model, sampler)) and same(output, plain) and not same(output, unguarded)
     assert same(ksampler(model, sampler), unguarded), "another run of the model is not disturbed"
+
+
+def test_a_run_that_is_interrupted_before_its_repair_is_let_go(monkeypatch):
+    """With keep_unguarded the run goes on to its end before it is repaired. Stopped there, nothing of it waits for the garbage
+    collector."""
+    runs = []
+
+    class Noted(guard_module.GuardedRun):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            runs.append(weakref.ref(self))
+
+    def stop(number, x, ask):
+        if number == STEPS - 1:
+            assert runs[0]().waiting is not None, "a repair waits"
+            raise KeyboardInterrupt
+        return ask()
+
+    monkeypatch.setattr(guard_module, "GuardedRun", Noted)
+    run = Run(guard(trapped_model(), options={"keep_unguarded": True})[0], model_call=stop)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.start()
+        run.legs.clear()
+        assert runs[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_the_unguarded_result_of_a_run_without_repairs():

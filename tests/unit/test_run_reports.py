@@ -22,7 +22,7 @@ class Record:
 
 @pytest.fixture
 def recent(monkeypatch):
-    runs = deque(maxlen=64)
+    runs = deque(maxlen=run_reports.RECENT_RUNS.maxlen)
     monkeypatch.setattr(run_reports, "RECENT_RUNS", runs)
     return runs
 
@@ -43,6 +43,21 @@ def test_the_oldest_are_let_go_of(sizes, kept, recent):
     assert len(report.runs) == len(recent) == kept
     assert report.find({"samples": outputs[-1]}) is report.runs[-1] is recent[-1][-1]
     assert len(report.find({"samples": outputs[0]}).notes) == (kept < len(sizes)), "one that is gone is not taken for another"
+
+
+def test_every_picture_of_a_long_list_finds_its_run(recent):
+    """ComfyUI samples all latents of a list first; the all-in-one node files two records of each."""
+    class Other(RunReport):
+        pass
+
+    report, other, outputs = RunReport(("settings",), None), Other(("settings",), None), torch.randn(300, 1, 4, 8, 8)
+    records = [(Record(), Record()) for _ in outputs]
+    for pair, output in zip(records, outputs):
+        report.add(pair[0], output)
+        other.add(pair[1], output)
+    for one in (report, RunReport(("settings",), None)):
+        assert all(one.find({"samples": output}) is pair[0] for pair, output in zip(records, outputs))
+    assert all(other.find({"samples": output}) is pair[1] for pair, output in zip(records, outputs))
 
 
 def test_a_run_is_found_by_a_report_that_was_made_anew(recent):
