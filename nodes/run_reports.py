@@ -8,7 +8,9 @@ import torch
 
 from .latents import FrameLayout
 
-FINGERPRINT_VALUES = 256
+FINGERPRINT_VALUES = 4096
+"""Of an output, taken from places without a pattern: of 256 at even distances none lay in a fifth of the squares of 32 x 32 in a latent
+of 128 x 128, and inpaintings of such a square were taken for one another. A square of 8 x 8 is missed once in ten million times."""
 
 
 class RunRecord(Protocol):
@@ -116,8 +118,10 @@ def image_part(latent: dict) -> tuple[FrameLayout | None, torch.Tensor]:
 def fingerprint(frames: torch.Tensor) -> torch.Tensor:
     """A few values from all over an output, by which it is known again after a change of device or dtype."""
     flat = frames.reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(FINGERPRINT_VALUES, flat.numel()), dtype=torch.float64).long()
-    return flat[index.to(flat.device)].float().cpu()
+    if flat.numel() > FINGERPRINT_VALUES:
+        places = torch.randint(flat.numel(), (FINGERPRINT_VALUES,), generator=torch.Generator().manual_seed(0))
+        flat = flat[places.to(flat.device)]
+    return flat.float().cpu()
 
 
 def same_output(one: torch.Tensor | None, other: torch.Tensor) -> bool:

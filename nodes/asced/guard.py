@@ -31,6 +31,9 @@ SEED_STEP = 1_000_003
 """Times the step's number, added to the seed at a restart: a stochastic sampler must not draw its first leg's noise
 once more, nor that of another guard's restart."""
 
+LATE_STEP, GUARD_STEP = 0x9FB21C651E98DF25, 0xD6E8FEB86659FD93
+"""The same for the seeds of repairs, see `repair_seed`; odd and large, so that no other seed of a user is met."""
+
 SAME_SIGMA = 1e-4
 """A sigma that differs from one of the schedule by this share alone is that one: adaptive solvers compute theirs."""
 
@@ -235,6 +238,21 @@ def may_restart(wrapper) -> bool:
     return getattr(method, "__func__", None) is GuardPatch.sampler_sample and method.__self__.settings.mode == "correct"
 
 
+def guards_before(executor) -> int:
+    """How many guards that repair are around the one whose wrapper is called with this executor."""
+    return sum(map(may_restart, executor.wrappers[: executor.idx]))
+
+
+def repair_seed(run_seed: int, begins: float, sigma_max: float, guards: int) -> int:
+    """From which the seeds of repairs are made: the run's; another one for legs that begin late, since KSampler (Advanced) has the
+    same for all legs, and for each guard of a model. What two of them renoise in one place is not the same noise.
+
+    begins: the schedule's first sigma. guards: that are around this one.
+    """
+    late = 0 if begins > (1 - SAME_SIGMA) * sigma_max else 1 + round(begins / SAME_SIGMA)
+    return run_seed + LATE_STEP * late + GUARD_STEP * guards
+
+
 def guard_model(
     model: comfy.model_patcher.ModelPatcher, settings: GuardSettings, region: torch.Tensor | None = None
 ) -> tuple[comfy.model_patcher.ModelPatcher, ArtifactReport]:
@@ -315,7 +333,8 @@ class GuardPatch:
         valid = None
         if denoise_mask is not None:
             valid = layout.frames(denoise_mask.expand(noise.shape))[:, 0] > 0
-        watch = Watch(self.settings, record, region, valid, extra_args.get("seed") or 0)
+        seed = repair_seed(extra_args.get("seed") or 0, schedule[0].item(), float(model_sampling.sigma_max), guards_before(executor))
+        watch = Watch(self.settings, record, region, valid, seed)
         keep_unguarded = self.settings.options.keep_unguarded
         if keep_unguarded and self.settings.mode == "correct" and sum(map(may_restart, executor.wrappers)) > 1:
             keep_unguarded = False

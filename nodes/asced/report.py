@@ -87,6 +87,8 @@ class RunRecord:
     def add_repair(self, mask: torch.Tensor, doubted: torch.Tensor | None) -> None:
         """Take in a repair: what was renoised, and what of it from before its onset, both (F, H, W) bool."""
         self.repairs.append((mask, doubted))
+        if self.undone is not None:
+            self.undone = self.undone & ~mask
         self.restarts += 1
 
     def add_redraw(self) -> None:

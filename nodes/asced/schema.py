@@ -14,6 +14,8 @@ from .report import RunRecord
 
 CATEGORY = "Artifact Guard/ASCED"
 
+LENGTH_STEP, LENGTH_DECIMALS = 0.001, 3
+
 ArtifactReportType = io.Custom("ARTIFACT_REPORT")
 AscedOptionsType = io.Custom("ASCED_OPTIONS")
 
@@ -126,9 +128,7 @@ class ASCEDOptions(io.ComfyNode):
         defaults = AscedOptions()
 
         def fraction(name: str, maximum: float, step: float, tooltip: str) -> io.Input:
-            return io.Float.Input(
-                name, default=getattr(defaults, name), min=0.0, max=maximum, step=step, round=False, tooltip=tooltip
-            )
+            return io.Float.Input(name, default=getattr(defaults, name), min=0.0, max=maximum, step=step, tooltip=tooltip)
 
         return io.Schema(
             node_id="ASCEDOptions",
@@ -155,13 +155,13 @@ class ASCEDOptions(io.ComfyNode):
                     tooltip="targeted: how many steps back to take the image that is renoised. 1 is the latest; larger "
                     "goes further back before the artifact, and loses detail.",
                 ),
-                fraction("blur", 0.5, 0.001, "Smoothing of the changes before they are judged, as a fraction of the "
+                fraction("blur", 0.5, LENGTH_STEP, "Smoothing of the changes before they are judged, as a fraction of the "
                          "shorter side (at least one latent pixel). Larger ignores finer artifacts. 0: none."),
                 fraction("min_area", 1.0, 0.0001, "Regions must be larger than this fraction of the image."),
                 fraction("max_area", 1.0, 0.001, "Regions must be smaller than this fraction of the image."),
-                fraction("min_width", 0.5, 0.001, "Regions must be at least this wide, as a fraction of the shorter "
+                fraction("min_width", 0.5, LENGTH_STEP, "Regions must be at least this wide, as a fraction of the shorter "
                          "side. 0: thin lines count too."),
-                fraction("dilate", 0.5, 0.001, "How far repair reaches beyond a region, as a fraction of the shorter "
+                fraction("dilate", 0.5, LENGTH_STEP, "How far repair reaches beyond a region, as a fraction of the shorter "
                          "side (at least one latent pixel). 0: not at all."),
                 io.Int.Input(
                     "rounds", default=defaults.rounds, min=1, max=10,
@@ -186,10 +186,18 @@ class ASCEDOptions(io.ComfyNode):
         cls, detector, correction, reverse_step, blur, min_area, max_area, min_width, dilate, rounds, noise_seed,
         keep_unguarded=None,
     ) -> io.NodeOutput:
+        blur, min_width, dilate = (as_published(*length) for length in (("blur", blur), ("min_width", min_width), ("dilate", dilate)))
         return io.NodeOutput(AscedOptions(
             detector, correction, reverse_step, blur, min_area, max_area, min_width, dilate, rounds, noise_seed,
             bool(keep_unguarded),
         ))
+
+
+def as_published(name: str, value: float) -> float:
+    """A length in fractions of the side; the default itself for what the page makes of it. Published are pixels of 256, and once a
+    widget was touched, fed by a primitive or loaded from an API file, the page keeps no more decimals than its steps have."""
+    default = getattr(AscedOptions(), name)
+    return default if value == round(default, LENGTH_DECIMALS) else value
 
 
 class ASCEDKSampler(io.ComfyNode):

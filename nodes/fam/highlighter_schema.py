@@ -32,7 +32,7 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
                 io.Int.Input("epochs", default=10, min=1, max=10000, tooltip="How often all images are gone through."),
                 io.Int.Input("batch_size", default=64, min=2, max=4096, tooltip="Images a step, half of them real."),
                 io.Float.Input(
-                    "learning_rate", default=2e-5, min=1e-8, max=1.0, step=1e-6, round=False,
+                    "learning_rate", default=2e-5, min=1e-8, max=1.0, step=1e-8,
                     tooltip="The published rate, for vgg16. The small backbone, which starts from nothing, takes "
                     f"{RATE_FACTOR['small']:g} times this.",
                 ),
@@ -73,7 +73,7 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
         cls, real, generated, epochs, batch_size, learning_rate, image_size, seed, backbone, flaw_highlighter=None
     ) -> io.NodeOutput:
         settings = TrainingSettings(epochs, batch_size, learning_rate, image_size, seed % 2**64, backbone)
-        highlighter, training = train_highlighter(real, generated, settings, flaw_highlighter)
+        highlighter, training = train_highlighter(real, generated, settings, flaw_highlighter, node_id=id_of(cls))
         curves = draw_training(training.losses, training.accuracies, training.best_epoch)
         best = f"epoch {training.best_epoch} of {epochs}" if training.best_epoch else "no epoch was better than the one it began with"
         words = [f"Held-out accuracy {training.accuracy:.1%}, {best}."]

@@ -77,7 +77,7 @@ class FAMTrainLoRA(io.ComfyNode):
                                "models it does nothing, as published. 0: none."),
                 io.Int.Input("rank", default=8, min=1, max=1024, tooltip="Size of the LoRA. Higher can hold more and "
                              "overfits sooner; 4 to 32 are usual."),
-                io.Float.Input("learning_rate", default=defaults.learning_rate, min=1e-7, max=1.0, step=1e-7, round=False,
+                io.Float.Input("learning_rate", default=defaults.learning_rate, min=1e-7, max=1.0, step=1e-7,
                                tooltip="AdamW's step size. Higher learns faster; too high ruins the images."),
                 io.Int.Input("batch_size", default=defaults.batch_size, min=1, max=4096, tooltip="Images a step. Higher learns "
                              "more steadily and takes more memory and time."),

@@ -14,6 +14,7 @@ import comfy.utils
 import folder_paths
 
 from ..model_files import register_folder, save_model_file, saved_kind
+from ..told import tell
 from .backbones import SMALLEST_SIDE, Backbone, new_network, take_vgg16_weights
 from .highlighter import FOLDER, KIND, FlawHighlighter
 from .pictures import draw_training
@@ -75,11 +76,11 @@ class LiveCurve:
 
 def train_highlighter(
     real: torch.Tensor, generated: torch.Tensor, settings: TrainingSettings, start: FlawHighlighter | None = None,
-    progress: type[LiveCurve] = LiveCurve,
+    progress: type[LiveCurve] = LiveCurve, node_id: str | None = None,
 ) -> tuple[FlawHighlighter, Training]:
     """Train, check for spurious cues, and give the best epoch's highlighter and the run.
 
-    A run that is cancelled or fails saves its best epoch so far as a file, says where, and raises.
+    A run that is cancelled or fails saves its best epoch so far as a file, says where, on the node `node_id` too, and raises.
 
     Raises:
         ValueError: images or settings that cannot work.
@@ -99,7 +100,7 @@ def train_highlighter(
         training.run(progress(training))
         warnings = warnings_of(check_cues(training.best, *training.held_out(), device, training.judged_at_once))
     except BaseException:
-        keep_best(training)
+        keep_best(training, node_id)
         raise
     for warning in warnings:
         logging.warning("Artifact Guard: %s", warning)
@@ -112,7 +113,7 @@ def finished(training: Training, warnings: tuple[str, ...] = ()) -> FlawHighligh
         return FlawHighlighter(training.best.cpu(), training.result(warnings))
 
 
-def keep_best(training: Training) -> None:
+def keep_best(training: Training, node_id: str | None) -> None:
     """Save the best epoch of a run that did not end well; nothing if it had no epoch yet that is worth it."""
     if training.best_epoch == 0:
         return
@@ -121,7 +122,5 @@ def keep_best(training: Training) -> None:
     except Exception as error:  # what ended the run is to be told, not this
         logging.warning("Artifact Guard: training stopped early, and its best epoch could not be saved (%s).", error)
         return
-    logging.warning(
-        "Artifact Guard: training stopped early. Its best epoch (%d, held-out accuracy %.1f %%) is saved as %s: load it to go on.",
-        training.best_epoch, 100 * training.accuracy, path,
-    )
+    tell(node_id, f"Training stopped early. Its best epoch ({training.best_epoch}, held-out accuracy {training.accuracy:.1%}) is saved as "
+         f"{path}: load it to go on.")

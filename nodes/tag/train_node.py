@@ -188,7 +188,7 @@ class TAGTrainTimePredictor(io.ComfyNode):
                 io.Int.Input("steps", default=3000, min=1, max=1000000, tooltip="Training steps. More is better, slowly."),
                 io.Int.Input("batch_size", default=128, min=1, max=4096, tooltip="Noised latents a step. Higher learns "
                              "more steadily and takes longer and more memory."),
-                io.Float.Input("learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-7, round=False, tooltip="How large "
+                io.Float.Input("learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-7, tooltip="How large "
                                "its steps are. The default suits; half as much again is no faster, and too high never "
                                "settles."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,

@@ -43,6 +43,19 @@ def test_what_a_later_round_puts_back_leaves_the_earlier_repair():
     assert same(record.repaired, square) and same(record.doubted, square) and same(record.undone, both & ~square)
 
 
+def test_what_is_renoised_again_after_it_was_put_back_is_repaired():
+    """The last word on a place is that of its last round; what that one did not reach stays undone."""
+    square, both = torch.zeros(2, 1, HEIGHT, WIDTH, dtype=torch.bool)
+    square[(0, *SQUARE)] = both[(0, *SQUARE)] = both[(0, *ELSEWHERE)] = True
+    _, report = guard(trapped_model())
+    record = RunRecord(report.settings, FrameLayout.of([(1, CHANNELS, HEIGHT, WIDTH)]), None)
+    record.add_repair(both, None)
+    record.undo(both)
+    record.add_repair(square, None)
+    record.close(torch.zeros(1, CHANNELS, HEIGHT, WIDTH))
+    assert same(record.repaired, square) and same(record.undone, both & ~square)
+
+
 def at_lower_sigma(amount, asked):
     """A sampler that tells its model less noise than its sample has, so that more detail is drawn; `asked` gets the samples."""
 

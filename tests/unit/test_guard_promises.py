@@ -1,8 +1,10 @@
 """What the guard promises its users, on the exact denoiser through ComfyUI's own nodes, over samplers and models."""
 
 import comfy.model_management
+import nodes as core_nodes
 import pytest
 import torch
+from artifact_guard.nodes.asced import corrector
 from comfy_extras import nodes_custom_sampler as custom
 
 from tests.exact.model import conditioning, exact_model, sample
@@ -131,8 +133,29 @@ def test_strength_0_is_no_patch_at_all():
     assert summary["status"] == "not guarded" and "off" in summary["reason"] and len(summary["images"]) == BATCH
 
 
+@pytest.fixture
+def noise_seeds(monkeypatch):
+    """The seeds of the noise of all repairs, as they are drawn."""
+    seeds, draw_noise = [], corrector.draw_noise
+    monkeypatch.setattr(corrector, "draw_noise", lambda shape, seed, device: (seeds.append(seed), draw_noise(shape, seed, device))[1])
+    return seeds
+
+
+def test_legs_with_one_seed_repair_with_noise_of_their_own(noise_seeds):
+    """KSampler (Advanced) twice, as people wire it: both have the same noise_seed. A leg from pure noise is a run like any other."""
+    advanced, both = core_nodes.KSamplerAdvanced(), (conditioning(), conditioning())
+    guarded, report = guard(exact_model(images(), traps=[trap([1]), trap([1], at=1.2)]))
+    with torch.inference_mode():
+        (half,) = advanced.sample(guarded, "enable", 5, 16, 1.0, "euler", "simple", *both, empty(), 0, 10, "enable")
+        advanced.sample(guarded, "disable", 5, 16, 1.0, "euler", "simple", *both, half, 10, 10000, "disable")
+        first = list(noise_seeds)
+        core_nodes.KSampler().sample(guarded, 5, 16, 1.0, "euler", "simple", *both, empty())
+    assert [record.restarts for record in report.runs][:2] == [1, 1] and len(set(first)) == 2
+    assert noise_seeds[2] == first[0]
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_two_guards_work_and_neither_loops(order):
+def test_two_guards_work_and_neither_loops(order, noise_seeds):
     """Guards on one model with windows one after the other: each repairs what it sees, once, with noise of its own,
 
     and the steps they report go on from the one to the other."""
@@ -146,6 +169,7 @@ def test_two_guards_work_and_neither_loops(order):
         (record,) = reports[number].runs
         assert record.restarts == 1 and record.regions[1][square].any() and found(record) == [False, True, False]
     assert len(run.legs) == 3 and len(run.inputs) == STEPS + 2
+    assert len(set(noise_seeds)) == 2, "a repair draws the noise of another once more"
     latent = empty()["samples"]
     sample(guarded, "euler_ancestral", "simple", STEPS, latent=latent, callback=lambda i, *_: steps.append(i))
     assert steps == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from artifact_guard.nodes import run_reports
 from artifact_guard.nodes.latents import FrameLayout
-from artifact_guard.nodes.run_reports import RunReport, fingerprint
+from artifact_guard.nodes.run_reports import RunReport, fingerprint, same_output
 
 
 class Record:
@@ -58,6 +58,22 @@ def test_every_picture_of_a_long_list_finds_its_run(recent):
     for one in (report, RunReport(("settings",), None)):
         assert all(one.find({"samples": output}) is pair[0] for pair, output in zip(records, outputs))
     assert all(other.find({"samples": output}) is pair[1] for pair, output in zip(records, outputs))
+
+
+@pytest.mark.parametrize("side", [8, 20, 42])
+@pytest.mark.parametrize("shape", [(4, 128, 128), (16, 128, 128), (4, 96, 144), (4, 64, 64)])
+def test_runs_that_differ_in_a_square_alone_are_told_apart(shape, side):
+    """Two seeds of an inpainting. Wherever the square lies."""
+    kept, generator = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    for _ in range(25):
+        top, left = (int(torch.randint(0, size - side + 1, (), generator=generator)) for size in shape[1:])
+        drawn = []
+        for _ in range(2):
+            output = kept.clone()
+            output[:, top : top + side, left : left + side] = torch.randn(shape[0], side, side, generator=generator)
+            drawn.append(fingerprint(output[None]))
+        assert not same_output(*drawn)
+    assert same_output(drawn[1], fingerprint(output[None].half()))
 
 
 def test_a_run_is_found_by_a_report_that_was_made_anew(recent):

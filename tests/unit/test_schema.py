@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import inspect
+import math
 import re
 import sys
 from fnmatch import fnmatch
@@ -90,6 +91,30 @@ def test_defaults_lie_in_their_ranges(node):
             assert widget.min <= widget.default <= widget.max, widget.id
         if "seed" in widget.id:
             assert (widget.min, widget.max) == (0, LARGEST_SEED)
+
+
+PUBLISHED_LENGTHS = {"blur": 1 / 128, "min_width": 5 / 256, "dilate": 5 / 256}
+
+
+@each_node
+def test_the_page_leaves_defaults_and_ends_as_they_are(node):
+    """The page keeps as many decimals of a number as its widget's step has, once somebody touches it or an API file is loaded."""
+    for widget in node.GET_SCHEMA().inputs:
+        if widget.get_io_type() == "FLOAT":
+            decimals = max(0, -math.floor(math.log10(widget.step)))
+            ends = [widget.min, widget.max] if widget.id in PUBLISHED_LENGTHS else [widget.default, widget.min, widget.max]
+            assert [round(value, decimals) for value in ends] == ends, widget.id
+
+
+def test_published_lengths_come_back_from_the_page():
+    """Whole pixels of 256 have more decimals than a person wants to turn: what the page makes of such a default is the default."""
+    inputs = {i.id: i.default for i in BY_ID["ASCEDOptions"].GET_SCHEMA().inputs}
+    assert {name: inputs[name] for name in PUBLISHED_LENGTHS} == PUBLISHED_LENGTHS
+    rounded = {name: round(value, 3) for name, value in PUBLISHED_LENGTHS.items()}
+    (meant,) = BY_ID["ASCEDOptions"].execute(**inputs).result
+    assert BY_ID["ASCEDOptions"].execute(**inputs | rounded).result == (meant,)
+    (other,) = BY_ID["ASCEDOptions"].execute(**inputs | {"blur": 0.009, "dilate": 0.0, "min_width": 0.021}).result
+    assert (other.blur, other.dilate, other.min_width) == (0.009, 0.0, 0.021)
 
 
 def test_a_trained_highlighter_is_not_trained_anew_at_every_run():
