@@ -68,14 +68,13 @@ class ComfyClient:
         """Every node the server offers, by its id."""
         return self.get_json("/object_info")
 
-    def queue(self, prompt: dict, client_id: str | None = None, extra_data: dict | None = None) -> str:
+    def queue(self, prompt: dict, extra_data: dict | None = None) -> str:
         """Queues an API-format prompt and returns its id; raises PromptRejected when any part of it is refused.
 
-        The server runs the valid outputs of a prompt whose other outputs are not: here that is a rejection too.
+        The server runs the valid outputs of a prompt whose other outputs are not: here that is a rejection too. Releases before
+        0.30 leave cached outputs out of the history of a client without an id.
         """
-        body = {"prompt": prompt}
-        if client_id is not None:
-            body["client_id"] = client_id
+        body = {"prompt": prompt, "client_id": "artifact-guard"}
         if extra_data is not None:
             body["extra_data"] = extra_data
         try:

@@ -12,7 +12,7 @@ from artifact_guard.nodes.fam.train_steps import output_factor
 from comfy_extras.nodes_train import TrainGuider, TrainSampler
 from torch.utils.checkpoint import checkpoint
 
-from tests.small_models import small_model
+from tests.small_models import reachable, small_model
 from tests.unit.fam_lora_support import equal, settings, start
 
 
@@ -72,7 +72,7 @@ def test_an_ordinary_step_is_cores():
 @pytest.mark.parametrize("family", ["sdxl", "flux", "chroma", "hunyuan_video", "wan", "ltxv"])
 def test_checkpointing_changes_no_gradient(family):
     """With the attention patch on. Blocks computed again see the same options; flux and ltxv write in place."""
-    small = small_model(family)
+    small = reachable(small_model(family))
     found = []
     for on in (False, True):
         training, _ = start(small, settings(attention_strength=0.3, base_fraction=0.0, gradient_checkpointing=on))
@@ -114,7 +114,7 @@ def test_what_is_written_in_place_does_not_reach_what_was_saved():
 @pytest.mark.parametrize("family, writes", [("sd15", False), ("flux", True)])
 def test_a_trial_shows_whether_a_network_writes_in_place(family, writes):
     """And leaves neither gradients nor a step behind."""
-    training, _ = start(small_model(family), settings())
+    training, _ = start(reachable(small_model(family)), settings())
     with torch.inference_mode(False):
         training.trial()
     assert training.writes_in_place is writes

@@ -119,8 +119,8 @@ def test_prompts_of_different_lengths_need_batches_of_one():
     small = small_model("flux")
     prompts = [small.conditioning(1, tokens=4 + index)[0] for index in range(6)]
     with pytest.raises(ValueError, match="Set batch_size to 1"):
-        train(small, positive=prompts, batch_size=4)
-    assert train(small, positive=prompts, batch_size=1)
+        train(small, positive=prompts, batch_size=4, base_fraction=1.0)
+    assert train(small, positive=prompts, batch_size=1, base_fraction=1.0)
 
 
 def test_a_lora_in_bypass_mode_is_refused(small):
