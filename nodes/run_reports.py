@@ -31,7 +31,7 @@ Record = TypeVar("Record", bound=RunRecord)
 KEPT_RUNS = 1024
 """Records of one list, at most. ComfyUI samples all latents of a list before the first report of them is asked for."""
 
-KEPT_BYTES = 2**30
+KEPT_BYTES = 2**28
 """Of all tensors in the records of one list, about: a loop over videos must not fill the memory."""
 
 RECENT_RUNS: deque[tuple[type, object, RunRecord]] = deque(maxlen=2 * KEPT_RUNS)

@@ -18,6 +18,11 @@ def id_of(node: type[io.ComfyNode]) -> str | None:
 def tell(node_id: str | None, text: str) -> None:
     """A text on the node, in place of the one before, and in the log."""
     logging.info("Artifact Guard: %s", text)
+    show_text(node_id, text)
+
+
+def show_text(node_id: str | None, text: str) -> None:
+    """A text on the node alone."""
     server = getattr(PromptServer, "instance", None)
     if node_id is not None and server is not None:
         server.send_progress_text(text, node_id)

@@ -14,7 +14,7 @@ import comfy.utils
 import folder_paths
 
 from ..model_files import register_folder, save_model_file, saved_kind
-from ..told import tell
+from ..told import show_text
 from .backbones import SMALLEST_SIDE, Backbone, new_network, take_vgg16_weights
 from .highlighter import FOLDER, KIND, FlawHighlighter
 from .pictures import draw_training
@@ -122,5 +122,9 @@ def keep_best(training: Training, node_id: str | None) -> None:
     except Exception as error:  # what ended the run is to be told, not this
         logging.warning("Artifact Guard: training stopped early, and its best epoch could not be saved (%s).", error)
         return
-    tell(node_id, f"Training stopped early. Its best epoch ({training.best_epoch}, held-out accuracy {training.accuracy:.1%}) is saved as "
-         f"{path}: load it to go on.")
+    text = f"Training stopped early. Its best epoch ({training.best_epoch}, held-out accuracy {training.accuracy:.1%}) is saved as {path}: load it to go on."
+    logging.warning("Artifact Guard: %s", text)
+    try:
+        show_text(node_id, text)
+    except Exception as error:  # as above
+        logging.warning("Artifact Guard: the node could not be told so (%s).", error)

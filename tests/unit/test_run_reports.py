@@ -36,7 +36,7 @@ def filled(sizes):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "kept"), [([300] * 5, 3), ([1] * 5, 5), ([5000], 1), ([1, 5000], 1), ([5000, 1], 1), ([1000, 24, 1], 2), ([1000, 23], 2)]
+    ("sizes", "kept"), [([75] * 5, 3), ([1] * 5, 5), ([5000], 1), ([1, 5000], 1), ([5000, 1], 1), ([250, 6, 1], 2), ([250, 5], 2)]
 )
 def test_the_oldest_are_let_go_of(sizes, kept, recent):
     report, outputs = filled(sizes)
