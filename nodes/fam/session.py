@@ -122,7 +122,8 @@ def keep_best(training: Training, node_id: str | None) -> None:
     except Exception as error:  # what ended the run is to be told, not this
         logging.warning("Artifact Guard: training stopped early, and its best epoch could not be saved (%s).", error)
         return
-    text = f"Training stopped early. Its best epoch ({training.best_epoch}, held-out accuracy {training.accuracy:.1%}) is saved as {path}: load it to go on."
+    best = f"Its best epoch ({training.best_epoch}, held-out accuracy {training.accuracy:.1%})"
+    text = f"Training stopped early. {best} is saved as {path}: load it to go on."
     logging.warning("Artifact Guard: %s", text)
     try:
         show_text(node_id, text)
