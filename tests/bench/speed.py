@@ -12,6 +12,7 @@ import comfy.samplers
 import torch
 
 from .full_models import full_models
+from .starts import starts_of
 from .timing import in_turns, on_gpu, peak_bytes
 
 STEPS = 25
@@ -75,7 +76,8 @@ def calls_of(model, run) -> int:
 
 
 def measure(model, latent: torch.Tensor, prompt, steps: int, repeats: int) -> dict:
-    """The table of one model: ratios of time, extra memory in latents and in shares of the model, and model calls."""
+    """The table of one model: ratios of time, extra memory in latents and in shares of the model, model calls and
+    operations that calculate."""
     from artifact_guard.nodes.asced.guard import guard_model
     from artifact_guard.nodes.asced.options import AscedOptions, GuardSettings
 
@@ -91,6 +93,7 @@ def measure(model, latent: torch.Tensor, prompt, steps: int, repeats: int) -> di
         extra = peak - base
         table[name] |= {
             "model_calls": calls_of(m, lambda counted: sampler_run(counted, latent, prompt, steps, 0)),
+            "operations": sum(starts_of(lambda: sampler_run(m, latent, prompt, steps, 0))[0].values()),
             "extra_memory_latents": round(extra / size, 2), "extra_memory_of_model": round(extra / whole, 4),
             "within_P6": extra <= max(6 * size, 0.03 * whole),
         }
