@@ -214,7 +214,7 @@ def reason_not_to_guard(sampler, model_sampling, sigmas: list[float], layout: Fr
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
         return f"the sampler {type(sampler).__name__} is not of ComfyUI's common kind and cannot be restarted"
     if layout is None:
-        return "the latent has no image part (no two spatial axes)"
+        return "the latent has no image part (no two spatial axes of two pixels or more)"
     if len(sigmas) < 2:
         return "a run of 0 steps has nothing to guard"
     if not all(map(math.isfinite, sigmas)):

@@ -119,7 +119,7 @@ def corrects(transformer_options: dict) -> bool:
 def unguided_reason(layout: FrameLayout | None, model_sampling) -> str | None:
     """Why a run cannot be measured, or None."""
     if layout is None:
-        return "the latent has no image part (no two spatial axes)"
+        return "the latent has no image part (no two spatial axes of two pixels or more)"
     levels = Schedule.of(model_sampling).log_snr
     if float(levels.max() - levels.min()) < 1.0:
         return "this model starts from an image and not from noise, so that its steps have no noise level"
