@@ -3,6 +3,7 @@ pictures only where no live one came before.
 """
 
 import logging
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.utils
@@ -34,3 +35,21 @@ def show_last(bar: comfy.utils.ProgressBar, done: int, total: int, preview: tupl
         bar.update_absolute(done, total, preview)
     except comfy.model_management.InterruptProcessingException:
         bar.update_absolute(done, total, preview)
+
+
+def keep(save: Callable[[], str], what: str, node_id: str | None) -> None:
+    """Save what a training that did not end well has made, and say so in the log and on the node. Raises nothing: what ended the
+    training is to be told, not this.
+
+    save: writes a file and gives its path. what: that is saved, as the subject of a sentence.
+    """
+    try:
+        text = f"Training stopped early. {what} is saved as {save()}: load it to go on."
+    except Exception as error:
+        logging.warning("Artifact Guard: training stopped early. %s could not be saved (%s).", what, error)
+        return
+    logging.warning("Artifact Guard: %s", text)
+    try:
+        show_text(node_id, text)
+    except Exception as error:
+        logging.warning("Artifact Guard: the node could not be told so (%s).", error)

@@ -22,7 +22,8 @@ def written(function, args: tuple) -> torch.Tensor | None:
     """The tensor on the way to a gradient that this call of a torch function writes in place, if it does."""
     name = getattr(function, "__name__", "")
     target = args[0] if args else None
-    if not name.endswith("_") or name.startswith("__") or not isinstance(target, torch.Tensor):
+    writes = name == "__setitem__" or name.endswith("_") and not name.startswith("__")
+    if not writes or not isinstance(target, torch.Tensor):
         return None
     return target if torch.is_grad_enabled() and target.requires_grad and not target.is_leaf else None
 

@@ -92,6 +92,11 @@ def measure_cost(training: FlawAwareTraining) -> Cost:
                 f"There is not enough memory for a single step ({error}). Lower batch_size or rank, turn gradient_checkpointing "
                 "on, or train on smaller images."
             ) from error
+        if "inplace operation" in str(error):
+            raise ValueError(
+                f"A patch on the model writes into its activations, as FreeU does, so that gradients are lost ({error}). Train the "
+                "model without it, or turn gradient_checkpointing off; with the LoRA it can be used as before."
+            ) from error
         raise ValueError(
             f"The model could not take a training step with these latents and prompts ({type(error).__name__}: {error}). "
             "positive from the text encoder of another model, or latents of another model's VAE, are the usual causes; a patch "

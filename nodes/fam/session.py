@@ -14,7 +14,7 @@ import comfy.utils
 import folder_paths
 
 from ..model_files import register_folder, save_model_file, saved_kind
-from ..told import show_text
+from ..told import keep
 from .backbones import SMALLEST_SIDE, Backbone, new_network, take_vgg16_weights
 from .highlighter import FOLDER, KIND, FlawHighlighter
 from .pictures import draw_training
@@ -117,15 +117,5 @@ def keep_best(training: Training, node_id: str | None) -> None:
     """Save the best epoch of a run that did not end well; nothing if it had no epoch yet that is worth it."""
     if training.best_epoch == 0:
         return
-    try:
-        path = save_model_file(FOLDER, "interrupted", KIND, *finished(training).state())
-    except Exception as error:  # what ended the run is to be told, not this
-        logging.warning("Artifact Guard: training stopped early, and its best epoch could not be saved (%s).", error)
-        return
-    best = f"Its best epoch ({training.best_epoch}, held-out accuracy {training.accuracy:.1%})"
-    text = f"Training stopped early. {best} is saved as {path}: load it to go on."
-    logging.warning("Artifact Guard: %s", text)
-    try:
-        show_text(node_id, text)
-    except Exception as error:  # as above
-        logging.warning("Artifact Guard: the node could not be told so (%s).", error)
+    what = f"Its best epoch ({training.best_epoch}, held-out accuracy {training.accuracy:.1%})"
+    keep(lambda: save_model_file(FOLDER, "interrupted", KIND, *finished(training).state()), what, node_id)

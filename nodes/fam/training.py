@@ -220,8 +220,14 @@ class Training:
                 tell((epoch + 1) * steps, total)
 
     def keep_best(self, epoch: int) -> None:
-        """Judge the network after an epoch and remember it if no earlier one was better."""
+        """Judge the network after an epoch and remember it if no earlier one was better.
+
+        Raises:
+            ValueError: the network holds NaN, which no later epoch mends.
+        """
         score = self.evaluate()
+        if math.isnan(score[1]):
+            raise ValueError(f"The loss on held-out images became NaN in epoch {epoch + 1}. Lower learning_rate.")
         self.accuracies.append(score[0])
         if score > self.best_score:
             self.best_score, self.best_epoch = score, epoch + 1

@@ -15,10 +15,11 @@ from ..cancelled import CancelledRuns
 from ..latents import FrameLayout, check_latent
 from ..plots import Panel, draw_chart
 from ..run_reports import image_part
-from ..told import id_of, show_last
+from ..told import id_of, keep, show_last
 from .compatibility import check_predictor, kind_of
 from .levels import TIMES, Schedule
 from .predictor import TimePredictor
+from .predictor_files import save_predictor
 from .training import Trainer, TrainingData, TrainingSettings, held_out_time_gap, new_predictor
 
 TimePredictorType = io.Custom("TIME_PREDICTOR")
@@ -160,6 +161,14 @@ def train_steps(trainer: Trainer, steps: int, bar: comfy.utils.ProgressBar) -> t
     return losses + [loss.item() for loss in unread], cancelled
 
 
+def keep_learned(trainer: Trainer, node_id: str | None) -> None:
+    """Save what a run that an error ended has learned; nothing if that is nothing."""
+    if trainer.steps == trainer.start.steps:
+        return
+    what = f"What was learned ({trainer.steps} steps in all)"
+    keep(lambda: save_predictor(trainer.result(), "interrupted"), what, node_id)
+
+
 def judged(predictor: TimePredictor, held: TrainingData, schedule: Schedule) -> float:
     """The held-out time gap. A cancellation that arrives here comes too late: there is nothing left to stop."""
     try:
@@ -218,25 +227,33 @@ class TAGTrainTimePredictor(io.ComfyNode):
         """Everything comes as a list: latents and conditions of a folder are many, of the rest the first counts."""
         settings = TrainingSettings(steps[0], batch_size[0], learning_rate[0], seed[0])
         entries = None if conditioning is None else [entry for given in conditioning for entry in given]
-        predictor, curve, gap, cancelled = train(model[0], latents, settings, entries, time_predictor and time_predictor[0])
+        predictor, curve, gap, cancelled = train(model[0], latents, settings, entries, time_predictor and time_predictor[0], id_of(cls))
         if cancelled:
             CANCELLED.add({"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}, id_of(cls))
         return io.NodeOutput(predictor, curve, gap, ui=ui.PreviewImage(curve, cls=cls))
 
 
 def train(
-    model, latents: list[dict], settings: TrainingSettings, conditioning: list | None, given: TimePredictor | None
+    model, latents: list[dict], settings: TrainingSettings, conditioning: list | None, given: TimePredictor | None,
+    node_id: str | None = None,
 ) -> tuple[TimePredictor, torch.Tensor, float, bool]:
-    """(predictor, loss curve, held-out time gap, whether it was cancelled). given: a predictor to go on with; the rest as in training_data."""
+    """(predictor, loss curve, held-out time gap, whether it was cancelled). given: a predictor to go on with; the rest as in training_data.
+
+    What an error ends is saved as interrupted_*; node_id: the node that is told so.
+    """
     with torch.inference_mode(False), torch.enable_grad():
         data = training_data(model, latents, conditioning)
         predictor = starting_point(model, data, settings.seed, given)
         kept, held = data.split(settings.seed)
         trainer = Trainer(predictor, kept, settings, comfy.model_management.get_torch_device())
         bar = comfy.utils.ProgressBar(settings.steps)
-        losses, cancelled = train_steps(trainer, settings.steps, bar)
-        result = trainer.result()
-        gap = judged(result, held, Schedule.of(model.get_model_object("model_sampling")))
+        try:
+            losses, cancelled = train_steps(trainer, settings.steps, bar)
+            result = trainer.result()
+            gap = judged(result, held, Schedule.of(model.get_model_object("model_sampling")))
+        except Exception:
+            keep_learned(trainer, node_id)
+            raise
     title = f"{len(losses)} steps, {result.steps} in all; held-out time gap {gap:.1f}"
     if cancelled:
         title = f"Cancelled after {len(losses)} of {settings.steps} steps; what was learned is kept. Time gap {gap:.1f}"

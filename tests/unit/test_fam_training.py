@@ -8,6 +8,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
+from artifact_guard.nodes import told
 from artifact_guard.nodes.fam import session
 from artifact_guard.nodes.fam.augment import augment, jpeg
 from artifact_guard.nodes.fam.backbones import Backbone, new_network
@@ -241,12 +242,28 @@ def test_a_damaged_start_is_named(content, monkeypatch, tmp_path):
 def test_a_failed_check_loses_nothing(monkeypatch, caplog):
     """Out of memory after the last epoch: the best one is in a file."""
     monkeypatch.setattr(session, "check_cues", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
-    monkeypatch.setattr(session, "show_text", lambda *_: (_ for _ in ()).throw(RuntimeError("the page is gone")))
+    monkeypatch.setattr(told, "show_text", lambda *_: (_ for _ in ()).throw(RuntimeError("the page is gone")))
     before = set(folder_paths.get_filename_list("flaw_highlighters"))
     with pytest.raises(RuntimeError, match="out of memory"), torch.inference_mode():
         session.train_highlighter(images(12), images(12, seed=3), settings())
     (new,) = set(folder_paths.get_filename_list("flaw_highlighters")) - before
     assert new.startswith("interrupted") and new in caplog.text
+
+
+def test_a_diverged_network_is_never_the_best(monkeypatch, caplog):
+    """NaN after the second epoch: said so, and the first epoch is kept."""
+    judge, epochs = Training.evaluate, []
+
+    def evaluate(training):
+        epochs.append(None)
+        return (0.5, torch.nan) if len(epochs) == 2 else judge(training)
+
+    monkeypatch.setattr(Training, "evaluate", evaluate)
+    before = set(folder_paths.get_filename_list("flaw_highlighters"))
+    with pytest.raises(ValueError, match="NaN in epoch 2. Lower learning_rate"), torch.inference_mode():
+        session.train_highlighter(images(12), images(12, seed=3), settings(3))
+    (new,) = set(folder_paths.get_filename_list("flaw_highlighters")) - before
+    assert FAMLoadFlawHighlighter.execute(new)[0].settings.epochs == 1
 
 
 def test_a_cancelled_run_saves_its_best_epoch(monkeypatch, caplog):

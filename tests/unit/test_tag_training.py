@@ -6,6 +6,7 @@ from unittest import mock
 import comfy.latent_formats as latent_formats
 import comfy.model_management
 import comfy.utils
+import folder_paths
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from artifact_guard.nodes.tag.levels import Schedule, alpha_and_variance
 from artifact_guard.nodes.tag.predictor import (
     PER_CHANNEL, TimeNetwork, build_network, cosine_filters, evening_map, initial_weights,
 )
-from artifact_guard.nodes.tag.predictor_files import save_predictor
+from artifact_guard.nodes.tag.predictor_files import load_predictor, save_predictor
 from artifact_guard.nodes.tag.schema import TAGTrainTimePredictor
 from artifact_guard.nodes.tag.training import TrainingData, held_out_time_gap, log_posterior, noised, shared_between_classes
 
@@ -273,6 +274,38 @@ def test_cancelling_keeps_what_was_learned(monkeypatch, caplog):
     comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         train_node_run()
+
+
+@pytest.mark.parametrize("place", ["a step", "judging"])
+def test_an_error_loses_nothing(place, monkeypatch, caplog):
+    """Out of memory in the third step, or when it is judged: what was learned is in a new file that can be gone on with. In the
+    first step there is nothing to keep."""
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    def files():
+        return set(folder_paths.get_filename_list("time_predictors"))
+
+    real, calls, before = train_node.Trainer.step, [], files()
+
+    def step(self):
+        calls.append(None)
+        return fail() if len(calls) == 3 else real(self)
+
+    if place == "a step":
+        monkeypatch.setattr(train_node.Trainer, "step", step)
+    else:
+        monkeypatch.setattr(train_node, "held_out_time_gap", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train_node_run(steps=50 if place == "a step" else 2)
+    (new,) = files() - before
+    assert new.startswith("interrupted") and new in caplog.text
+    monkeypatch.undo()
+    assert load_predictor(new).steps == 2 and equal(weights(load_predictor(new)), weights(train_node_run(steps=2)[0]))
+    monkeypatch.setattr(train_node.Trainer, "step", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train_node_run()
+    assert files() == before | {new}
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5, 16, 16), (4, 16, 9, 12)])
