@@ -166,7 +166,7 @@ def keep_learned(trainer: Trainer, node_id: str | None) -> None:
     if trainer.steps == trainer.start.steps:
         return
     what = f"What was learned ({trainer.steps} steps in all)"
-    keep(lambda: save_predictor(trainer.result(), "interrupted"), what, node_id)
+    keep(lambda: str(save_predictor(trainer.result(), "interrupted")), what, node_id)
 
 
 def judged(predictor: TimePredictor, held: TrainingData, schedule: Schedule) -> float:
