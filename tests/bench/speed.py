@@ -77,7 +77,7 @@ def calls_of(model, run) -> int:
 
 def measure(model, latent: torch.Tensor, prompt, steps: int, repeats: int) -> dict:
     """The table of one model: ratios of time, extra memory in latents and in shares of the model, model calls and
-    operations that calculate."""
+    the operations that a GPU would start (starts.py)."""
     from artifact_guard.nodes.asced.guard import guard_model
     from artifact_guard.nodes.asced.options import AscedOptions, GuardSettings
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 STARTS = {
     "change_speed": 2, "median_and_mad": 1, "label_regions": 4, "sample_quantile": 1, "change_maps": 1, "bend_map": 1,
+    "renoise": 1, "scale_pair": 1,
 }
 """Kernels that a Triton form starts, what it makes before them included."""
 
@@ -31,10 +32,10 @@ class Starts(TorchDispatchMode):
     def form(self, name, reference):
         """Stands in for the Triton form of a kernel: gives what its reference gives, and counts what it would start."""
 
-        def run(*arguments):
+        def run(*arguments, **keywords):
             self.paused = True
             try:
-                return reference(*arguments)
+                return reference(*arguments, **keywords)
             finally:
                 self.paused = False
                 self.counted[name] += STARTS[name]

@@ -27,13 +27,19 @@ DROP_FILE = """text => app.handleFile(new File([text], "quickstart.json", {type:
 FIT = "() => app.extensionManager.command.execute('Comfy.Canvas.FitView')"
 
 
+def missing(reason: str):
+    """In CI a browser that is missing must not look like a test that passed."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
-        reason = "no chromium, chromium-browser or google-chrome on this machine's PATH"
-        # In CI a browser that is missing must not look like a test that passed.
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
-    playwright = pytest.importorskip("playwright.sync_api")
+        missing("no chromium, chromium-browser or google-chrome on this machine's PATH")
+    try:
+        import playwright.sync_api as playwright
+    except ImportError:
+        missing("the package playwright is not installed")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from artifact_guard.kernels import score_dynamics
+from artifact_guard.kernels import dispatch, score_dynamics
+from artifact_guard.kernels.kv_scale import scale_pair
 from artifact_guard.nodes.asced import published as rule
 from artifact_guard.nodes.asced import waiting
 from artifact_guard.nodes.asced.detector import NEVER
@@ -120,3 +121,11 @@ def test_a_limit_that_is_asked_for_is_that_of_the_step(monkeypatch):
         limit = detector.change_limit(previous, current, None)
         change = rule.change_speed(current.denoised, previous.denoised, detector.blur)
         assert torch.equal(limit, rule.robust_threshold(change, detector.k)) and len(detector.waiting) == 1
+
+
+def test_every_triton_form_is_counted():
+    """Those that no detector starts too: of tensors as large as Flux's keys, for which the Triton form is chosen."""
+    assert STARTS.keys() == dispatch.KERNELS.keys()
+    keys, amount = torch.ones(1, 1024, 3072), torch.ones(1, 1024)
+    counted, (key, _) = starts_of(lambda: scale_pair(keys, value=keys, amount=amount))
+    assert counted == {"scale_pair": STARTS["scale_pair"]} and (key == 2).all()
