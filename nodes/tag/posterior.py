@@ -32,9 +32,9 @@ class Posterior(NamedTuple):
 
     @classmethod
     def of(cls, levels: torch.Tensor, gamma: torch.Tensor, terms: torch.Tensor | None = None) -> "Posterior":
-        """terms: averaged_terms of the levels, (B or 1, 3, K), if they are at hand."""
+        """terms: averaged_terms of the levels, (B or 1, 3, K), if they are at hand. All three (A, B, ...) for A posteriors a sample."""
         terms = averaged_terms(levels) if terms is None else terms
-        return cls(levels, gamma, (gamma[:, None] * terms).sum(dim=2))
+        return cls(levels, gamma, (gamma[..., None, :] * terms).sum(dim=-1))
 
     def precision_and_signal(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Means of 1 / v and of alpha / v under the posterior, each (B,)."""
@@ -52,11 +52,12 @@ class Posterior(NamedTuple):
         mean, variance = self.log_variance()
         return beyond_chance(mean + F.softplus(level), variance)  # ln v = -softplus(log-SNR)
 
-    def noisier_half(self) -> "Posterior":
-        """For each sample the noisier one of two posteriors, those of all samples (2 B, ...) one after the other."""
-        means = self.means.unflatten(0, (2, -1))
-        chosen = means[0, :, 2:] >= means[1, :, 2:]
-        return Posterior(*(torch.where(chosen, *both.chunk(2)) for both in self))
+    def noisiest(self) -> "Posterior":
+        """For each sample the noisiest of its posteriors, at most two: levels and gamma (A, B, K), means (A, B, 3)."""
+        if len(self.means) == 1:
+            return Posterior(*(only[0] for only in self))
+        chosen = self.means[0, :, 2:] >= self.means[1, :, 2:]
+        return Posterior(*(torch.where(chosen, *both) for both in self))
 
     def likeliest(self) -> torch.Tensor:
         """The level with the largest share, (B,)."""

@@ -9,7 +9,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 from artifact_guard.nodes.tag.compatibility import kind_of
-from artifact_guard.nodes.tag.energy import EnergyGrid
+from artifact_guard.nodes.tag.energy import Counted, EnergyGrid
 from artifact_guard.nodes.tag.levels import LOG_SNR_RANGE, Schedule
 from artifact_guard.nodes.tag.schema import TemporalAlignmentGuidance
 from artifact_guard.nodes.tag.training import Trainer, TrainingData, TrainingSettings, new_predictor
@@ -83,8 +83,7 @@ def run(patcher, sampler="euler", noise=None, shape=(2, 3, SIZE, SIZE), steps=8,
 
 def energy_posterior(u, anchor, weight=None, noisiest=LOG_SNR_RANGE[0]):
     """p(level | u) if u is alpha * anchor + noise, all (B, ...): from the energy that remains when the anchor is taken away."""
-    share = 1.0 if weight is None else float(weight.float().mean())
-    grid = EnergyGrid(noisiest, u[0].numel() * share, u.device)
+    grid = EnergyGrid(noisiest, Counted.of(u, weight).values, u.device)
     across, away = (mean_product(*pair, weight)[:, None] for pair in ((u, anchor), (u - anchor, u - anchor)))
     return grid.posterior(across, away)
 

@@ -118,6 +118,20 @@ def test_of_few_painted_values_nothing_is_told(sampler):
     assert torch.allclose(run(guided, **settings)[0], run(bare, **settings)[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("mode, strength", [("score", 4.0), ("shift", 4.0), ("relative", 1.0)])
+def test_a_sample_is_guided_the_same_whatever_its_batch_mate_paints(mode, strength):
+    """A quarter of the first sample is painted; of its mate all, or as much."""
+    bare, results = model("eps"), []
+    for rows in (SIZE, 8):
+        mask = torch.zeros(2, 1, SIZE, SIZE)
+        mask[0, :, :8] = 1.0
+        mask[1, :, :rows] = 1.0
+        settings = {"latent": images()[:2].flip(-1), "noise_mask": mask, "noise": 0.3}
+        results.append(run(guide(bare, mode=mode, strength=strength)[0], **settings))
+    assert moved(results[0][0], run(bare, **settings)[0]) > 1e-3
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+
+
 def dual(on):
     """Regular style at 5 and 1: the last scale that the model's patches are told is 1."""
     guider = Guider_DualCFG(on)
