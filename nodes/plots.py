@@ -92,24 +92,28 @@ def draw_chart(panels: list[Panel], width: int = 768, panel_height: int = 260) -
     return torch.from_numpy(np.asarray(picture).astype(np.float32) / 255.0)[None]
 
 
-def draw_regions(image: torch.Tensor, mask: torch.Tensor, smallest: int = 256) -> torch.Tensor:
+def draw_regions(image: torch.Tensor, mask: torch.Tensor, smallest: int = 256, longest: int = 4096) -> torch.Tensor:
     """Tint the regions of a mask and outline them; small images are enlarged first, so that there is something to see.
 
     Args:
         image: IMAGE (B, H, W, 3 or more), 0..1. One image, or as many as masks.
         mask: MASK (B, h, w), 0..1, of any size.
-        smallest: shorter side of the result in pixels at least, by a whole factor.
+        smallest: shorter side of the result in pixels at least, by a whole factor, unless its longer side were then more than `longest`:
+            a minute of audio is 16 x 646.
 
     Returns:
         IMAGE (B, H', W', 3), float32 on the CPU.
     """
     image = image[..., :3].float().cpu().movedim(-1, 1)
-    factor = max(1, math.ceil(smallest / min(image.shape[-2:])))
+    sides = image.shape[-2:]
+    factor = max(1, min(math.ceil(smallest / min(sides)), longest // max(sides)))
     image = F.interpolate(image, scale_factor=factor, mode="nearest")
     inside = F.interpolate(mask.float().cpu()[:, None], size=image.shape[-2:], mode="nearest") > 0.5
     count = max(len(image), len(inside))
     image, inside = (t if len(t) == count else t[:1].expand(count, -1, -1, -1) for t in (image, inside))
-    grown = F.max_pool2d(inside.float(), 2 * max(1, factor // 4) + 1, stride=1, padding=max(1, factor // 4)) > 0.5
+    reach = max(1, factor // 4)
+    rows = F.max_pool2d(inside.float(), (2 * reach + 1, 1), stride=1, padding=(reach, 0))
+    grown = F.max_pool2d(rows, (1, 2 * reach + 1), stride=1, padding=(0, reach)) > 0.5
     colour = torch.tensor(REGION_COLOUR).view(1, 3, 1, 1)
     tinted = torch.where(inside, 0.7 * image + 0.3 * colour, image)
     return torch.where(grown & ~inside, colour, tinted).movedim(1, -1).clamp(0, 1)

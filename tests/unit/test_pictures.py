@@ -50,6 +50,16 @@ def test_large_and_rgba_images_keep_their_size_and_lose_alpha():
     assert draw_regions(torch.rand(1, 300, 520, 4), torch.zeros(1, 30, 52)).shape == (1, 300, 520, 3)
 
 
+def test_long_latents_stay_within_bounds():
+    """A minute or two of audio, and a strip whose shorter side would be enlarged 128 times; its regions outlined as ever."""
+    assert [draw_regions(torch.rand(1, *size, 3), torch.zeros(1, *size)).shape[1:3] for size in ((16, 1291), (2, 128))] == [(48, 3873), (64, 4096)]
+    mask = torch.zeros(1, 2, 128)
+    mask[0, 0, 5] = 1.0
+    drawn = draw_regions(torch.zeros(1, 2, 128, 3), mask)[0]
+    outline = (drawn == torch.tensor(REGION_COLOUR)).all(dim=-1)
+    assert outline.sum() == outline[:40, 152:200].sum() == 40 * 48 - 32 * 32
+
+
 SPEEDS = [1.0, 4.0, 3.0, 1.0, 1.0]
 
 
