@@ -22,6 +22,9 @@ TOLD = ("base_fraction", "map_every", "attention_strength", "noise_strength", "l
 NAMED = ("latents", "model", "positive", "negative", "vae", "flaw_highlighter")
 """Those of them of which a short name is kept, which tells a person nothing."""
 
+NEEDED = ("rank", "step", "base_steps", "judged")
+"""What a file has to say of its run."""
+
 register_folder(FOLDER)
 
 
@@ -75,9 +78,14 @@ def read_run(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors and settings of a run's file.
 
     Raises:
-        ValueError: no such file, one of another kind, or a run of another rank.
+        ValueError: no such file, one of another kind, one that lacks something, or a run of another rank.
     """
     tensors, settings = load_model_file(FOLDER, name, KIND)
+    parts = [key.removeprefix("weights.") for key in tensors if key.startswith("weights.")]
+    missing = [key for key in NEEDED if key not in settings]
+    missing += [key for key in ("losses", *(f"average.{part}" for part in parts)) if key not in tensors]
+    if missing:
+        raise ValueError(f"resume: {name} is not a whole training run: it lacks {missing[0]}. Copy it again, or begin a new run.")
     if settings["rank"] != rank:
         had = settings["rank"]
         raise ValueError(f"resume: the run in {name} has rank {had} and the node says {rank}. Set rank to {had}.")

@@ -15,7 +15,7 @@ from artifact_guard.nodes.cancelled import CancelledRuns
 from artifact_guard.nodes.fam import lora_schema, lora_session, train_steps
 from artifact_guard.nodes.fam.flaw_aware import FlawAwareTraining, names_of
 from artifact_guard.nodes.fam.lora_adapters import training_copy
-from artifact_guard.nodes.fam.lora_state import FOLDER, NEW_RUN, changes, describe, read_run, run_names
+from artifact_guard.nodes.fam.lora_state import FOLDER, KIND, NEW_RUN, changes, describe, read_run, run_names
 from artifact_guard.nodes.model_files import KIND_KEY, save_model_file
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from comfy_extras.nodes_train import LoraModelLoader
@@ -193,6 +193,18 @@ def test_files_that_do_not_fit_are_refused_in_words(small, files):
     save_model_file(FOLDER, "other", "flaw highlighter", {}, {})
     with pytest.raises(ValueError, match="is a flaw highlighter; a flaw-aware training run is wanted"):
         train(small, resume="other_00001_.safetensors")
+
+
+def test_a_file_that_lacks_something_is_refused_in_words(small, files):
+    train(small)
+    tensors, about = read_run(files()[0], 3)
+    lacking = [(tensors, {key: value for key, value in about.items() if key != "judged"})]
+    lacking += [({key: value for key, value in tensors.items() if key != lost}, about) for lost in ("losses", next(
+        key for key in tensors if key.startswith("average.")))]
+    for number, parts in enumerate(lacking):
+        save_model_file(FOLDER, f"part{number}", KIND, *parts)
+        with pytest.raises(ValueError, match=f"resume: part{number}_00001_.safetensors is not a whole training run: it lacks (judged|losses|average)"):
+            train(small, resume=f"part{number}_00001_.safetensors", steps=9)
 
 
 def test_a_change_of_settings_is_told(small, files, caplog):
