@@ -11,8 +11,8 @@ WINDOWS = ("auto", "manual")
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise ValueError, naming the input, unless low <= value <= high."""
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{name} is {value}; a value from {low:g} to {high:g} is wanted.")
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} is {value!r}; a value from {low:g} to {high:g} is wanted.")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

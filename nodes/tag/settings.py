@@ -29,8 +29,8 @@ class TagSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; one of {wanted} is wanted.")
         for name, high in (("strength", LARGEST_STRENGTH), ("start_percent", 1.0), ("end_percent", 1.0)):
             value = getattr(self, name)
-            if not (math.isfinite(value) and 0.0 <= value <= high):
-                raise ValueError(f"{name} is {value}; a value from 0 to {high:g} is wanted.")
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and 0.0 <= value <= high):
+                raise ValueError(f"{name} is {value!r}; a value from 0 to {high:g} is wanted.")
         if self.start_percent >= self.end_percent:
             raise ValueError(
                 f"start_percent is {self.start_percent:g} and end_percent {self.end_percent:g}: nothing lies between. "

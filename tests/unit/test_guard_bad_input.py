@@ -87,6 +87,7 @@ def test_report_used_before_sampling():
     "settings, message",
     [
         ({"sensitivity": 0.0}, "sensitivity is 0.0; a value from 0.01 to 10"),
+        ({"sensitivity": "1"}, "sensitivity is '1'; a value from 0.01 to 10"),
         ({"sensitivity": float("nan")}, "sensitivity is nan"),
         ({"strength": -0.1}, "strength is -0.1; a value from 0 to 10"),
         ({"strength": float("inf")}, "strength is inf"),

@@ -437,6 +437,7 @@ def test_a_model_that_starts_from_an_image_is_sampled_unguided():
 
 @pytest.mark.parametrize("settings, message", [
     ({"strength": -1.0}, "strength is -1.0; a value from 0 to 200"),
+    ({"strength": None}, "strength is None; a value from 0 to 200"),
     ({"strength": float("nan")}, "strength is nan"),
     ({"mode": "absolute"}, "mode is 'absolute'; one of 'relative'"),
     ({"start_percent": 0.5, "end_percent": 0.5}, "Lower start_percent"),
