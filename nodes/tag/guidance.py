@@ -85,7 +85,7 @@ class GuidancePatch:
         record = RunRecord(settings, layout)
         record.notes += [f"{SECOND[0].upper()}{SECOND[1:]}."] * second
         arguments = (noise, latent_image, sampler, sigmas, denoise_mask, *args)
-        reason = unguided_reason(layout, guider.model_patcher.get_model_object("model_sampling"))
+        reason = unguided_reason(layout, guider.model_patcher.get_model_object("model_sampling"), sigmas)
         if reason is None and denoise_mask is not None:
             whole = layout.frames(denoise_mask.expand(noise.shape) >= PAINTED)
             values = whole.unflatten(0, (layout.batch, -1)).flatten(1).sum(dim=1).cpu()
@@ -116,13 +116,15 @@ def corrects(transformer_options: dict) -> bool:
     return any(wrapper.args[0].settings.strength > 0 for wrapper in wrappers)
 
 
-def unguided_reason(layout: FrameLayout | None, model_sampling) -> str | None:
+def unguided_reason(layout: FrameLayout | None, model_sampling, sigmas: torch.Tensor) -> str | None:
     """Why a run cannot be measured, or None."""
     if layout is None:
         return "the latent has no image part (no two spatial axes of two pixels or more)"
     levels = Schedule.of(model_sampling).log_snr
     if float(levels.max() - levels.min()) < 1.0:
         return "this model starts from an image and not from noise, so that its steps have no noise level"
+    if bool((sigmas[1:] > sigmas[:-1]).any()):
+        return "the noise schedule rises, as where an image is turned back into noise: what that gives has no noise level to be told"
     return None
 
 

@@ -118,6 +118,23 @@ def test_of_few_painted_values_nothing_is_told(sampler):
     assert torch.allclose(run(guided, **settings)[0], run(bare, **settings)[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["score", "shift", "relative"])
+def test_a_rising_schedule_runs_as_without_it(mode):
+    """An image that is turned back into noise, as by core's Flip Sigmas; the report says why."""
+    bare = model("eps")
+    guided, report = guide(bare, mode=mode, strength=4.0)
+    sigmas = comfy.samplers.calculate_sigmas(bare.get_model_object("model_sampling"), "simple", 8).flip(0)
+    sigmas[0] = 1e-4
+    euler, prompt, noise = comfy.samplers.sampler_object("euler"), conditioning(), torch.zeros(2, 3, SIZE, SIZE)
+    with torch.inference_mode():
+        wanted, result = (
+            comfy.sample.sample_custom(patcher, noise, 1.0, euler, sigmas, prompt, prompt, images()[:2], disable_pbar=True, seed=3)
+            for patcher in (bare, guided))
+    assert torch.equal(result, wanted)
+    summary = report.runs[0].summary()
+    assert "the noise schedule rises" in summary["reason"] and not summary["steps"]
+
+
 @pytest.mark.parametrize("mode, strength", [("score", 4.0), ("shift", 4.0), ("relative", 1.0)])
 def test_a_sample_is_guided_the_same_whatever_its_batch_mate_paints(mode, strength):
     """A quarter of the first sample is painted; of its mate all, or as much."""
