@@ -1,9 +1,9 @@
 """The nodes that make, keep and load flaw highlighters."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..model_files import file_names, load_model_file, save_model_file
-from ..told import id_of, tell
+from ..told import id_of, saved_as, tell
 from .backbones import BACKBONES
 from .highlighter import FOLDER, KIND, FlawHighlighter
 from .pictures import draw_training
@@ -79,8 +79,7 @@ class FAMTrainFlawHighlighter(io.ComfyNode):
         words = [f"Held-out accuracy {training.accuracy:.1%}, {best}."]
         words += highlighter.settings.warnings or ["No spurious cue found: the verdicts follow the marked spots."]
         tell(id_of(cls), "\n".join(words))
-        pictures = ui.PreviewImage(curves, cls=cls).as_dict()
-        return io.NodeOutput(highlighter, curves, training.accuracy, ui={**pictures, "text": words})
+        return io.NodeOutput(highlighter, curves, training.accuracy, ui={"text": words})
 
 
 class FAMSaveFlawHighlighter(io.ComfyNode):
@@ -109,7 +108,7 @@ class FAMSaveFlawHighlighter(io.ComfyNode):
     @classmethod
     def execute(cls, flaw_highlighter, filename_prefix) -> io.NodeOutput:
         path = save_model_file(FOLDER, filename_prefix, KIND, *flaw_highlighter.state())
-        tell(id_of(cls), f"Saved as {path}")
+        tell(id_of(cls), f"Saved as {saved_as(path)}")
         return io.NodeOutput(ui={"text": [path]})
 
 

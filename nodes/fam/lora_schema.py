@@ -6,7 +6,7 @@ import logging
 import torch
 
 import comfy.model_management
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..cancelled import CancelledRuns
 from ..told import id_of, tell
@@ -143,7 +143,7 @@ class FAMTrainLoRA(io.ComfyNode):
         free_what_is_done_with()
         if cancelled:
             CANCELLED.add(inputs, node_id)
-        return io.NodeOutput(lora, curves, flaw_map, ui=ui.PreviewImage(curves, cls=cls))
+        return io.NodeOutput(lora, curves, flaw_map)
 
 
 def free_what_is_done_with() -> None:

@@ -9,7 +9,7 @@ import torch
 import comfy.model_management
 import comfy.utils
 
-from ..told import show_last, tell
+from ..told import saved_as, show_last, tell
 from .flaw_aware import Diverged, FlawAwareTraining, Watcher
 from .flaw_batch import FlawBatch
 from .lora_pictures import preview
@@ -181,7 +181,7 @@ class Session:
     def save(self) -> tuple[bool, str]:
         """Save the run: whether it could be, and in words where it is. A disk that is full does not end the training."""
         try:
-            return True, f"The run is saved as {self.file.save(self.training)}: choose it at resume to go on."
+            return True, f"The run is saved as {saved_as(self.file.save(self.training))}. Choose it at resume to go on."
         except Exception as error:
             return False, f"The run could not be saved ({error})."
 

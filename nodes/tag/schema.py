@@ -4,7 +4,7 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..told import id_of, tell
+from ..told import id_of, saved_as, tell
 from .alignment import MODES
 from .guidance import guide_model
 from .predictor_files import load_predictor, predictor_names, save_predictor
@@ -43,9 +43,9 @@ class TAGSaveTimePredictor(io.ComfyNode):
 
     @classmethod
     def execute(cls, time_predictor, filename_prefix) -> io.NodeOutput:
-        words = f"Saved as {save_predictor(time_predictor, filename_prefix)}"
-        tell(id_of(cls), words)
-        return io.NodeOutput(ui=ui.PreviewText(words))
+        path = save_predictor(time_predictor, filename_prefix)
+        tell(id_of(cls), f"Saved as {saved_as(path)}")
+        return io.NodeOutput(ui={"text": [str(path)]})
 
 
 class TAGLoadTimePredictor(io.ComfyNode):

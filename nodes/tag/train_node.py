@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 import comfy.model_management
 import comfy.utils
@@ -82,10 +82,11 @@ def training_data(model, latents: list[dict], conditioning: list | None) -> Trai
         )
     if frames.amin() == frames.amax():
         raise ValueError("latents: they hold one value everywhere, as an Empty Latent does. Latents of images are wanted (VAE Encode).")
-    if conditioning is None:
-        return TrainingData(frames)
-    means = condition_means(conditioning)
     frames_of = torch.tensor([length for part, length in zip(parts, lengths) for _ in range(len(part) // length)])
+    clips = torch.arange(len(frames_of)).repeat_interleave(frames_of)
+    if conditioning is None:
+        return TrainingData(frames, None, clips)
+    means = condition_means(conditioning)
     if len(means) == len(frames_of):
         means = means.repeat_interleave(frames_of, dim=0)
     if len(means) not in (1, len(frames)):
@@ -93,7 +94,7 @@ def training_data(model, latents: list[dict], conditioning: list | None) -> Trai
             f"conditioning: {len(means)} conditions came for {len(frames_of)} latents. Give one for all of them, or one "
             f"each, in the same order (as a list, or put together by Conditioning (Combine))."
         )
-    return TrainingData(frames, means.expand(len(frames), -1).clone())
+    return TrainingData(frames, means.expand(len(frames), -1).clone(), clips)
 
 
 def condition_means(conditioning: list) -> torch.Tensor:
@@ -166,7 +167,7 @@ def keep_learned(trainer: Trainer, node_id: str | None) -> None:
     if trainer.steps == trainer.start.steps:
         return
     what = f"What was learned ({trainer.steps} steps in all)"
-    keep(lambda: str(save_predictor(trainer.result(), "interrupted")), what, node_id)
+    keep(lambda: save_predictor(trainer.result(), "interrupted"), what, node_id)
 
 
 def judged(predictor: TimePredictor, held: TrainingData, schedule: Schedule) -> float:
@@ -230,7 +231,7 @@ class TAGTrainTimePredictor(io.ComfyNode):
         predictor, curve, gap, cancelled = train(model[0], latents, settings, entries, time_predictor and time_predictor[0], id_of(cls))
         if cancelled:
             CANCELLED.add({"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}, id_of(cls))
-        return io.NodeOutput(predictor, curve, gap, ui=ui.PreviewImage(curve, cls=cls))
+        return io.NodeOutput(predictor, curve, gap)
 
 
 def train(
@@ -244,7 +245,7 @@ def train(
     with torch.inference_mode(False), torch.enable_grad():
         data = training_data(model, latents, conditioning)
         predictor = starting_point(model, data, settings.seed, given)
-        kept, held = data.split(settings.seed)
+        kept, held = data.split()
         trainer = Trainer(predictor, kept, settings, comfy.model_management.get_torch_device())
         bar = comfy.utils.ProgressBar(settings.steps)
         try:

@@ -38,6 +38,7 @@ EVENED_BY = 2048
 """Noised frames from which the spread of the energies is taken before the first step."""
 
 HELD_OUT = 0.1
+GOLDEN = 0.6180339887498949
 HELD_OUT_DRAWS = 512
 KEPT_ON_GPU = 0.25
 """Share of the GPU's free memory that the frames may take there; larger ones stay on the CPU and go over batch by batch."""
@@ -49,16 +50,28 @@ class TrainingData:
     """Clean frames in the model's own latent space, and what belongs to each.
 
     frames: (N, C, H, W) float32. conditions: (N, D), the mean of each frame's condition over its tokens, or None.
+    clips: (N,), the sample that each frame is of, counted from 0; None where every frame is one.
     """
 
     frames: torch.Tensor
     conditions: torch.Tensor | None = None
+    clips: torch.Tensor | None = None
 
-    def split(self, seed: int) -> tuple["TrainingData", "TrainingData"]:
-        """(to train on, held out): a tenth is held out, at least one frame."""
-        order = torch.randperm(len(self.frames), generator=torch.Generator().manual_seed(seed % 2**63))
-        held = max(1, round(HELD_OUT * len(order)))
-        return self.take(order[held:]), self.take(order[:held])
+    def split(self) -> tuple["TrainingData", "TrainingData"]:
+        """(to train on, held out): of the samples a tenth, at least one, is held out with all its frames; of a single video the last
+        tenth of its frames.
+
+        No seed decides it, and more samples after the first change next to nothing: a training that is gone on with under another
+        seed must not be judged by what it was trained on.
+        """
+        clips = torch.arange(len(self.frames)) if self.clips is None else self.clips
+        count = int(clips.max()) + 1
+        if count == 1:
+            order, clips, count = torch.arange(len(clips)).flip(0), torch.arange(len(clips)), len(clips)
+        else:  # the places of multiples of the golden ratio, which lie evenly however many there are and have no period
+            order = torch.argsort((torch.arange(1, count + 1, dtype=torch.float64) * GOLDEN).frac(), stable=True)
+        held = torch.isin(clips, order[:max(1, round(HELD_OUT * count))])
+        return self.take((~held).nonzero()[:, 0]), self.take(held.nonzero()[:, 0])
 
     def take(self, rows: torch.Tensor) -> "TrainingData":
         """These rows, wherever the data lie."""

@@ -137,6 +137,39 @@ def test_training_learns_levels():
     assert held_out_time_gap(predictor.network, predictor.levels, TrainingData(images()), schedule) < 100
 
 
+def held_frames(count, clips=None):
+    """Which of so many frames are held out."""
+    frames = torch.arange(count).float().reshape(-1, 1, 1, 1)
+    kept, held = TrainingData(frames, frames.flatten(1), clips).split()
+    kept, held = ([int(value) for value in part.frames.flatten()] for part in (kept, held))
+    assert sorted(kept + held) == list(range(count))
+    return held
+
+
+def test_a_tenth_is_held_out_by_its_place():
+    """Of samples that come in a round of ten kinds some of every kind; with more samples after them nearly the same."""
+    assert [len(held_frames(count)) for count in (2, 3, 14, 16, 1000)] == [1, 1, 1, 2, 100]
+    held = held_frames(1000)
+    assert all(6 <= sum(place % 10 == kind for place in held) <= 14 for kind in range(10))
+    assert len(set(held) & set(held_frames(1300))) >= 97
+
+
+def test_frames_of_one_clip_lie_on_one_side():
+    held = held_frames(160, torch.arange(20).repeat_interleave(8))
+    assert len(held) == 16 and {place // 8 for place in held} == {held[0] // 8, held[-1] // 8}
+    assert held_frames(20, torch.zeros(20, dtype=torch.int64)) == [18, 19]
+
+
+def test_the_node_holds_out_whole_clips_whatever_the_seed(monkeypatch):
+    """Two videos of four frames: one of them."""
+    held, judged = [], train_node.judged
+    monkeypatch.setattr(train_node, "judged", lambda p, data, schedule: held.append(data.frames) or judged(p, data, schedule))
+    videos = images(8).unflatten(0, (2, 4)).movedim(1, 2)
+    for seed in (0, 1):
+        train_node_run(latents={"samples": videos}, steps=1, seed=seed)
+    assert torch.equal(*held) and any(torch.equal(held[0], clip) for clip in images(8).split(4))
+
+
 def test_held_out_gap_of_a_perfect_judge_is_its_grid():
     """The exact posterior of the data finds every time up to 500 within a few of 1000."""
     schedule = Schedule.of(model().get_model_object("model_sampling"))
@@ -221,18 +254,17 @@ def test_node_trains_and_shows(monkeypatch):
 
 
 def last_picture(monkeypatch, **settings):
-    """Whether the last live picture is the curve that comes out, which is in the node's `ui` too."""
-    seen, previewed = [], []
+    """Whether the last live picture is the curve that comes out."""
+    seen = []
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda bar, *told: seen.append(told))
-    monkeypatch.setattr(train_node.ui, "PreviewImage", lambda image, cls: previewed.append(image))
     curve = train_node_run(**settings)[1]
     done, total, (kind, picture, _) = seen[-1]
-    assert done == total and kind == "JPEG" and previewed == [curve]
+    assert done == total and kind == "JPEG"
     return np.array_equal(np.asarray(picture), (curve[0].numpy() * 255).astype(np.uint8))
 
 
 def test_the_last_picture_on_the_page_is_the_curve_that_comes_out(monkeypatch):
-    """The page keeps the last live picture of a node over the one in its `ui`; so after a cancel."""
+    """The page keeps the last live picture of a node; so after a cancel."""
     assert last_picture(monkeypatch)
     steps = iter(range(100))
     real = train_node.Trainer.step

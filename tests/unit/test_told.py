@@ -1,5 +1,6 @@
 """What nodes say on the page: it is sent to the node itself, for ComfyUI draws the text in `ui` for core's nodes alone."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +16,14 @@ from tests.unit.tag_support import fresh_predictor, model
 
 @pytest.fixture
 def page(monkeypatch):
-    """(node id, text) of all that is sent to the page."""
+    """(node id, text) of all that is sent to the page that runs the prompt."""
     sent = []
-    server = SimpleNamespace(send_progress_text=lambda text, node_id: sent.append((node_id, text)))
+
+    def send(text, node_id, page=None):
+        assert page == "mine"
+        sent.append((node_id, text))
+
+    server = SimpleNamespace(send_progress_text=send, client_id="mine")
     monkeypatch.setattr(told, "PromptServer", SimpleNamespace(instance=server))
     return sent
 
@@ -36,11 +42,13 @@ def test_told_at_the_node_and_in_the_log(page, caplog):
     assert page == [("7", "words")] and "Artifact Guard: words of no node" in caplog.text
 
 
-def test_saving_tells_the_path(page):
-    path = execute(FAMSaveFlawHighlighter, highlighter(), "unit/told").ui["text"][0]
-    assert page == [("7", f"Saved as {path}")]
-    text = execute(TAGSaveTimePredictor, fresh_predictor(model()), "unit/told").ui.as_dict()["text"][0]
-    assert text.startswith("Saved as ") and page[1:] == [("7", text)]
+def test_saving_tells_name_and_folder(page):
+    """The name first: a node shows about two lines. A program is given the path."""
+    saved = ((FAMSaveFlawHighlighter, highlighter()), (TAGSaveTimePredictor, fresh_predictor(model())))
+    for number, (node, made) in enumerate(saved):
+        (path,) = execute(node, made, "unit/told").ui["text"]
+        folder, name = os.path.split(path)
+        assert os.path.isfile(path) and page[number] == ("7", f"Saved as {name} in {folder}")
 
 
 def test_a_highlighters_training_tells_accuracy_and_warnings(page):
