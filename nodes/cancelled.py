@@ -11,17 +11,26 @@ class CancelledRuns:
     """
 
     def __init__(self):
-        self.runs: list[set] = []
+        self.runs: list[tuple[str | None, set]] = []
+        self.met: dict[tuple, int] = {}
 
     def add(self, inputs: dict, node: str | None = None) -> None:
         """A run of the node with this id and these inputs was cancelled."""
-        self.runs.append(widgets({**inputs, "node": node}))
+        self.runs.append((node, widgets(inputs)))
 
     def fingerprint(self, inputs: dict, node: str | None = None) -> int:
         """What fingerprint_inputs gives. ComfyUI shows it the values of the node's own widgets alone: of one that a link feeds
-        there is None, and runs of any value of it count; so do those of every node where the id is not known."""
-        known = widgets({**inputs, "node": node})
-        return sum(known <= run for run in self.runs)
+        there is None, and runs of any value of it count; so do those of every node where the id is not known.
+
+        A node that was never cancelled keeps what it had when it was met, so that another's cancel costs it nothing. But what
+        was cancelled may go on under another id, pasted or put into a subgraph, where ComfyUI's cache knows it still: so a
+        node that is new counts the cancels of all others before it, and one that was cancelled itself all there are.
+        """
+        known = widgets(inputs)
+        cancelled = [of for of, run in self.runs if known <= run]
+        if node is None or node in cancelled:
+            return len(cancelled)
+        return self.met.setdefault((node, frozenset(known)), len(cancelled))
 
 
 def widgets(inputs: dict) -> set:

@@ -183,8 +183,10 @@ def check_latent(samples: torch.Tensor, latent_format, nested: bool) -> None:
         samples: a sampler's tensor, (B, C, ...), or the flat pack of a nested latent, of which the channels are unknown.
 
     Raises:
-        ValueError: NaN or infinity in the latent, or other channels than the model's latent format has.
+        ValueError: no samples in the latent, NaN or infinity, or other channels than the model's latent format has.
     """
+    if len(samples) == 0:
+        raise ValueError("The latent holds no samples, so there is nothing to sample. Connect one with a batch of 1 or more.")
     if not torch.isfinite(samples).all():
         raise ValueError(
             "The latent holds NaN or infinite values, so no model can sample it. It was damaged before it came here: "

@@ -54,13 +54,15 @@ def draw_overlay(record: RunRecord, latent: dict, image: torch.Tensor | None) ->
     as the run's: of a part of a batch nobody knows which it is, and no regions are drawn.
 
     Raises:
-        ValueError: the number of images is neither one nor that of the masks.
+        ValueError: no pictures with colours, or their number is neither one nor that of the masks.
     """
     mask = record.artifact_mask()
     if image is None:
         image = preview_latent(latent["samples"], record.latent_format)
         if record.regions is not None:  # a picture a latent frame
             mask = record.regions.float() if len(image) == len(record.regions) else torch.zeros(image.shape[:3])
+    elif image.ndim != 4 or image.shape[-1] < 3:
+        raise ValueError(f"image: a tensor {tuple(image.shape)} came; images (number, height, width, 3) are wanted, not a mask. Connect VAE Decode.")
     elif len(image) not in (1, len(mask)):
         raise ValueError(
             f"image: {len(image)} pictures came for a run of {len(mask)}. Connect the decoded output of the same sampler."

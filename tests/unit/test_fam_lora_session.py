@@ -432,5 +432,10 @@ def test_a_cancelled_run_is_another_one_to_the_cache_whatever_a_link_feeds():
 
 def test_a_cancelled_node_is_another_one_to_the_cache_and_one_beside_it_is_not():
     runs, widgets = CancelledRuns(), {"steps": 50, "seed": 3}
-    runs.add(widgets, "7:2")
-    assert [runs.fingerprint(widgets, node) for node in ("7:2", "7:3", None)] == [1, 0, 1]
+    beside, cancelled, pasted = "7:3", "7:2", "9"
+    assert [runs.fingerprint(widgets, node) for node in (beside, cancelled)] == [0, 0]
+    runs.add(widgets, cancelled)
+    assert [runs.fingerprint(widgets, node) for node in (beside, cancelled, None)] == [0, 1, 1]
+    assert [runs.fingerprint(given, pasted) for given in (widgets, widgets | {"seed": 4})] == [1, 0], "the cache has the cancelled run for it"
+    runs.add(widgets, pasted)
+    assert [runs.fingerprint(widgets, node) for node in (beside, cancelled, pasted)] == [0, 2, 2], "the first one comes back by undo"

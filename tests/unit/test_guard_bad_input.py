@@ -46,6 +46,10 @@ def test_latent_of_another_model():
     refused("5 channels.*works on 3.*Empty Latent", {"samples": torch.ones(BATCH, 5, HEIGHT, WIDTH)})
 
 
+def test_a_latent_without_samples():
+    refused("latent holds no samples.*batch of 1 or more", {"samples": torch.ones(0, 3, HEIGHT, WIDTH)})
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_damaged_latent(value):
     """NaN or infinity in the latent: said so, with the usual cause."""

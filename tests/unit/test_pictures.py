@@ -119,6 +119,8 @@ def test_curves_and_overlay_of_a_run():
     assert draw_overlay(record, latent, torch.zeros(1, 64, 64, 3)).shape == (2, 256, 256, 3)
     with pytest.raises(ValueError, match="3 pictures came for a run of 2"):
         draw_overlay(record, latent, torch.zeros(3, 64, 64, 3))
+    with pytest.raises(ValueError, match=r"image: a tensor \(2, 64, 64\) came.*not a mask"):
+        draw_overlay(record, latent, torch.zeros(2, 64, 64))
 
 
 def test_a_previews_frames_are_those_of_the_latent():
