@@ -77,7 +77,7 @@ class RunRecord:
             "notes": self.notes,
             "settings": asdict(self.settings),
             "estimate_of_time": "time predictor" if self.settings.predictor else "training-free",
-            "time_gap": rounded(self.time_gap(), 3),
+            "time_gap": rounded(self.time_gap(), 3) if self.times.numel() else None,
             "steps": [
                 {"time": rounded(time, 2), "estimated": rounded(estimate, 2), "gap": rounded(gap, 2)}
                 for time, estimate, gap in zip(
