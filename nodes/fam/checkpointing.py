@@ -10,12 +10,15 @@ from contextlib import contextmanager
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from comfy_extras.nodes_train import find_modules_at_depth
 
 DEPTH = 2
 """The network's blocks; depth 1 is the network as a whole, which would save nothing."""
+
+BETWEEN = ("input_block_patch", "input_block_patch_after_skip", "output_block_patch")
+"""Kinds of patches that a UNet calls between its blocks."""
 
 
 def written(function, args: tuple) -> torch.Tensor | None:
@@ -80,8 +83,9 @@ def own(value):
     return value.clone() if isinstance(value, torch.Tensor) and value.requires_grad else value
 
 
-def checkpointed_forward(forward):
-    """A module's forward, checkpointed."""
+def checkpointed_forward(forward, whole: bool = False):
+    """A module's forward, checkpointed. whole: what is computed again goes on to its end, where torch would stop it by an exception
+    as soon as it has all that it needs: FreeU catches every exception, and would take that for a device without fft."""
     def run(*args, **kwargs):
         given = [*args, *kwargs.values()]
         before = [dict(value) if isinstance(value, dict) else value for value in given]
@@ -103,7 +107,8 @@ def checkpointed_forward(forward):
 
         # Handed over for torch to notice a tensor that was changed in between: computing again would then be wrong.
         tensors = [value for value in given if isinstance(value, torch.Tensor)]
-        result = checkpoint(block, *tensors, use_reentrant=False)
+        with set_checkpoint_early_stop(not whole):
+            result = checkpoint(block, *tensors, use_reentrant=False)
         if failed:
             raise failed.pop()
         return result
@@ -123,3 +128,14 @@ def checkpointed(network: torch.nn.Module, on: bool):
     finally:
         for module, forward in zip(modules, bare):
             put_back(module, forward)
+
+
+def with_checkpointed_patches(model):
+    """A clone of a ModelPatcher whose patches between blocks are checkpointed like these: FreeU's writes into what it has multiplied,
+    whose gradient needs it as it was. Patches that hold tensors, which move with the model, stay as they are."""
+    model = model.clone()
+    patches = model.model_options.get("transformer_options", {}).get("patches", {})
+    for name in BETWEEN:
+        if name in patches:
+            patches[name] = [patch if hasattr(patch, "to") else checkpointed_forward(patch, whole=True) for patch in patches[name]]
+    return model

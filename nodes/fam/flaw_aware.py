@@ -18,7 +18,7 @@ import comfy.model_management
 from comfy_extras.nodes_train import TrainGuider
 
 from .attention import AttentionSettings, patch_attention
-from .checkpointing import checkpointed, watched
+from .checkpointing import checkpointed, watched, with_checkpointed_patches
 from .flaw_batch import FlawBatch, FlawSampling
 from .lora_settings import FlawAwareSettings, decay_at, step_seed
 from .train_steps import TrainSteps
@@ -168,6 +168,8 @@ class FlawAwareTraining:
             flaw_map = self.progress.flaw_map
         if flaw_map is not None and self.attention.strength:
             model = patch_attention(model, flaw_map, self.attention)
+        if settings.gradient_checkpointing:
+            model = with_checkpointed_patches(model)
         steps = TrainSteps(
             self.data, lambda step: step_seed(settings.seed, step), settings.batch_size,
             settings.dtype_on(model.load_device), first, end, update, flaw_map, self.noise_strength,

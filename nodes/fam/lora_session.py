@@ -94,8 +94,8 @@ def measure_cost(training: FlawAwareTraining) -> Cost:
             ) from error
         if "inplace operation" in str(error):
             raise ValueError(
-                f"A patch on the model writes into its activations, as FreeU does, so that gradients are lost ({error}). Train the "
-                "model without it, or turn gradient_checkpointing off; with the LoRA it can be used as before."
+                f"A patch on the model writes into activations that its gradient needs ({error}). Train the model without it, or turn "
+                "gradient_checkpointing off; with the LoRA it can be used as before."
             ) from error
         raise ValueError(
             f"The model could not take a training step with these latents and prompts ({type(error).__name__}: {error}). "

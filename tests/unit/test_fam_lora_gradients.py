@@ -9,6 +9,7 @@ from artifact_guard.nodes.fam.attention import AttentionSettings, patch_attentio
 from artifact_guard.nodes.fam.checkpointing import KeepWhatWasSaved, checkpointed
 from artifact_guard.nodes.fam.lora_settings import step_seed
 from artifact_guard.nodes.fam.train_steps import output_factor
+from comfy_extras.nodes_freelunch import FreeU, FreeU_V2
 from comfy_extras.nodes_train import TrainGuider, TrainSampler
 from torch.utils.checkpoint import checkpoint
 
@@ -83,6 +84,20 @@ def test_checkpointing_changes_no_gradient(family):
         assert (value - found[1][name]).norm() <= 1e-4 * (value.norm() + 1e-2 * largest), name
     training.progress.flaw_map = None
     assert not equal(gradients(training), found[1]), "the map acts on the gradient"
+
+
+@pytest.mark.parametrize("node", [FreeU, FreeU_V2])
+def test_checkpointing_changes_no_gradient_under_freeu(node):
+    """It writes into activations that its gradient needs, between the blocks, and catches whatever is raised inside it."""
+    small = small_model("sd15")
+    free, found = node.execute(small.model, 1.3, 1.4, 0.9, 0.2)[0], []
+    for model, on in ((free, False), (free, True), (None, True)):
+        training, _ = start(small, settings(base_fraction=1.0, gradient_checkpointing=on), model)
+        found.append(gradients(training))
+    largest = max(value.norm() for value in found[0].values())
+    for name, value in found[0].items():
+        assert (value - found[1][name]).norm() <= 1e-4 * (value.norm() + 1e-2 * largest), name
+    assert max((value - found[2][name]).norm() for name, value in found[0].items()) > 1e-2 * largest, "it acts"
 
 
 def test_a_users_patch_on_some_blocks_stays_on_these_when_they_are_computed_again():

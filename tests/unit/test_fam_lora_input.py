@@ -10,7 +10,7 @@ from artifact_guard.nodes.fam.lora_checks import check_conditions, normal_tensor
 from artifact_guard.nodes.fam.lora_schema import zeroed
 from artifact_guard.nodes.fam.train_steps import UnlikePrompts, check_alike
 from comfy.conds import CONDRegular
-from comfy_extras.nodes_freelunch import FreeU_V2
+from comfy.patcher_extension import WrappersMP
 
 from nodes import ConditioningSetTimestepRange
 
@@ -116,13 +116,20 @@ def test_missing_pooled_text_is_told():
         train(small, positive=[[small.conditioning(1)[0][0], {"pooled_output": torch.zeros(1, 7)}]])
 
 
-def test_a_patch_that_writes_into_activations(caplog):
-    """FreeU assigns into the UNet's activations: told with gradient_checkpointing, trained without."""
+def test_a_wrapper_that_writes_into_what_its_gradient_needs():
+    """Told with gradient_checkpointing, trained without."""
     small = small_model("sd15")
-    free = FreeU_V2.execute(small.model, 1.3, 1.4, 0.9, 0.2)[0]
-    with pytest.raises(ValueError, match="writes into its activations, as FreeU does.*gradient_checkpointing off"):
-        train(small, model=free, base_fraction=1.0, gradient_checkpointing=True)
-    assert train(small, model=free, base_fraction=1.0, gradient_checkpointing=False)
+
+    def brighter(executor, *args, **kwargs):
+        out = executor(*args, **kwargs)
+        out[:, :1] = out[:, :1] * out.mean()
+        return out
+
+    patched = small.model.clone()
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", brighter)
+    with pytest.raises(ValueError, match="writes into activations that its gradient needs.*gradient_checkpointing off"):
+        train(small, model=patched, base_fraction=1.0, gradient_checkpointing=True)
+    assert train(small, model=patched, base_fraction=1.0, gradient_checkpointing=False)
 
 
 def test_prompts_of_different_lengths_need_batches_of_one():
