@@ -96,7 +96,7 @@ def fit_images(image: torch.Tensor, settings: HighlighterSettings) -> torch.Tens
     Grey images are repeated to three channels, an alpha channel is left out, the aspect is kept.
 
     Raises:
-        ValueError: not a batch of images, other channels than 1, 3 or 4, NaN, or an image too small to judge.
+        ValueError: not a batch of images, an empty one, other channels than 1, 3 or 4, or NaN.
     """
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or min(image.shape) < 1:
         raise ValueError(

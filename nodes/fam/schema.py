@@ -37,7 +37,7 @@ class FAMFlawMap(io.ComfyNode):
             outputs=[
                 io.Mask.Output(
                     "flaw_map", display_name="flaw_map",
-                    tooltip="0 to 1 at image size; 1 is the most suspect place of the image, however sound it is.",
+                    tooltip="0 to 1 at image size; near 1 is the most suspect place of the image, however sound it is.",
                 ),
                 io.Image.Output("overlay", display_name="overlay", tooltip="The map as heat over the image."),
                 io.Float.Output(
