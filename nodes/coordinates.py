@@ -4,6 +4,9 @@ import math
 
 import torch
 
+ROUNDING = 1e-5
+"""A share of a sigma below which two are the same: schedules are float32, what percent_to_sigma gives is not."""
+
 
 def coefficients(model_sampling, sigma: torch.Tensor | float) -> tuple[float, float]:
     """Coefficients (a, b) of the forward process x = a * x0 + b * eps at `sigma`, read off the model itself."""
@@ -26,3 +29,9 @@ def coefficients_of_all(model_sampling, sigmas: torch.Tensor) -> list[tuple[floa
 def ratio_of(a: float, b: float) -> float:
     """Noise ratio b / a: noise against signal, 0 for a clean sample, inf for pure noise."""
     return b / a if a > 0 else math.inf
+
+
+def between(sigma: float, start: float, end: float) -> bool:
+    """Whether a step at sigma lies in the range from the sigma `start` to the lower sigma `end`; one at `start` does, one at `end` does
+    not, so that ranges that follow each other share no step."""
+    return end * (1.0 + ROUNDING) < sigma <= start * (1.0 + ROUNDING)

@@ -19,6 +19,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...kernels.kv_scale import scale_pair, scale_tokens
 from ..compiled import as_written
+from ..coordinates import between
 from ..latents import FrameLayout, soft_mask_to_frames, temporal_ratio
 from .blocks import parse_blocks, running_block
 from .calls import Call, Sampled, model_call, pad_of, sampled_latent
@@ -145,7 +146,7 @@ class FlawAttention:
 
     def in_range(self, options: dict) -> bool:
         """Whether the run is between start_percent and end_percent."""
-        return self.sigmas is None or self.sigmas[0] >= float(options["sigmas"][0]) > self.sigmas[1]
+        return self.sigmas is None or between(float(options["sigmas"][0]), *self.sigmas)
 
     def latent_maps(self, call: Call) -> torch.Tensor:
         """The maps at the size of the latent, (B, T, H, W); all frames, also those that are not in view."""

@@ -21,7 +21,7 @@ from .attention import AttentionSettings, patch_attention
 from .checkpointing import checkpointed, watched, with_checkpointed_patches
 from .flaw_batch import FlawBatch, FlawSampling
 from .lora_settings import FlawAwareSettings, decay_at, step_seed
-from .train_steps import TrainSteps
+from .train_steps import TrainSteps, without_guidance
 from .training_data import LatentData, short_name
 from .weight_average import WeightAverage
 
@@ -163,7 +163,7 @@ class FlawAwareTraining:
 
     def stretch(self, first: int, end: int, update: Callable[[int, float], None]) -> None:
         """The steps first..end, all under the same map."""
-        settings, model, flaw_map = self.settings, self.model, None
+        settings, model, flaw_map = self.settings, without_guidance(self.model), None
         if self.phases.refining(first):
             flaw_map = self.progress.flaw_map
         if flaw_map is not None and self.attention.strength:

@@ -8,7 +8,7 @@ import comfy.sample
 
 from .grad_cam import flaw_map
 from .highlighter import FlawHighlighter
-from .refine import decode
+from .vae import decode
 
 SAMPLER, SCHEDULER = "euler", "simple"
 

@@ -90,22 +90,22 @@ class FlawHighlighter:
         return cls(network, settings)
 
 
-def fit_images(image: torch.Tensor, settings: HighlighterSettings) -> torch.Tensor:
+def fit_images(image: torch.Tensor, settings: HighlighterSettings, name: str = "image") -> torch.Tensor:
     """An IMAGE as the highlighter sees it: (B, 3, h, w) in 0..1 on the CPU, the shorter side `image_size`.
 
-    Grey images are repeated to three channels, an alpha channel is left out, the aspect is kept.
+    Grey images are repeated to three channels, an alpha channel is left out, the aspect is kept. name: what errors call the input.
 
     Raises:
         ValueError: not a batch of images, an empty one, other channels than 1, 3 or 4, or NaN.
     """
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or min(image.shape) < 1:
         raise ValueError(
-            f"image: an IMAGE of shape (count, height, width, channels) with 1, 3 or 4 channels is wanted, "
+            f"{name}: an IMAGE of shape (count, height, width, channels) with 1, 3 or 4 channels is wanted, "
             f"{tuple(image.shape)} came."
         )
     images = image[..., :3].detach().float().cpu().movedim(-1, 1).expand(-1, 3, -1, -1)
     if not torch.isfinite(images).all():
-        raise ValueError("image: the image holds NaN or infinite values. A VAE in fp16 is the usual cause.")
+        raise ValueError(f"{name}: the image holds NaN or infinite values. A VAE in fp16 is the usual cause.")
     height, width = images.shape[-2:]
     scale = settings.image_size / min(height, width)
     size = tuple(max(settings.image_size, round(side * scale)) for side in (height, width))

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..latents import check_latent, image_channels
+from ..latents import check_latent
 from ..run_reports import image_part
 from .flaw_batch import PICTURES, FlawBatch, FlawSampling
 from .training_data import LatentData
@@ -144,17 +144,6 @@ def check_latents(model, latents: dict) -> torch.Tensor:
             "model's format. Encode the training images with the model's own VAE."
         )
     return samples.detach().float().cpu().clone()
-
-
-def check_vae(model, vae) -> None:
-    """Refuse no VAE, or one of another latent format, as far as its channels tell."""
-    if vae is None:
-        raise ValueError("vae: none came: this checkpoint holds none. Connect the model's own VAE (Load VAE).")
-    wanted, has = image_channels(model.get_model_object("latent_format")), getattr(vae, "latent_channels", None)
-    if has is not None and has != wanted:
-        raise ValueError(
-            f"vae: it decodes latents of {has} channels and this model's have {wanted}. Connect the VAE that belongs to the model."
-        )
 
 
 def training_data(model, latents: dict, positive: list) -> tuple[LatentData, torch.Tensor]:

@@ -14,12 +14,13 @@ from .flaw_aware import FlawAwareTraining, works_on_pixels
 from .flaw_batch import FlawSampling
 from .highlighter_schema import CATEGORY, FlawHighlighterType
 from .lora_adapters import LoRAWeights, training_copy
-from .lora_checks import check_highlighter, check_negative, check_rank, check_vae, training_data
+from .lora_checks import check_highlighter, check_negative, check_rank, training_data
 from .lora_pictures import draw_curves
 from .lora_session import Session, measure_cost, memory_in_use
 from .lora_settings import DTYPES, FlawAwareSettings
 from .lora_state import NEW_RUN, RunFile, changes, read_run, restore, run_names
 from .training_data import LatentData
+from .vae import check_vae
 
 
 SAVE_EVERY = 250

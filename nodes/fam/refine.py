@@ -17,6 +17,7 @@ from .flaw_regions import fill_regions, soften
 from .grad_cam import flaw_map
 from .highlighter import FlawHighlighter
 from .noise import add_map
+from .vae import check_vae, decode
 
 STARTS = ("surroundings", "image")
 """What a region is redrawn from: the smooth continuation of what surrounds it, or the flawed image itself."""
@@ -60,12 +61,6 @@ class RefineSettings:
             raise ValueError(f"grow is {self.grow}; a fraction of the shorter side from 0 to 0.5 is wanted.")
 
 
-def decode(vae, samples: torch.Tensor) -> torch.Tensor:
-    """A latent as IMAGE (frames, H, W, 3), the frames of a video one after the other."""
-    image = vae.decode(samples)
-    return image.flatten(0, 1) if image.ndim == 5 else image
-
-
 class Refiner:
     """One refinement: the sample as it is, the maps and probabilities the highlighter gives it, and what was tried."""
 
@@ -82,6 +77,12 @@ class Refiner:
         self.layout = FrameLayout.of([self.samples.shape])
         if self.layout is None:
             raise ValueError(f"latent: it has no image part (its shape is {tuple(samples.shape)}), so there is nothing to refine.")
+        axes, mask = getattr(self.format, "latent_dimensions", 2), latent.get("noise_mask")
+        if self.samples.ndim != axes + 2:
+            raise ValueError(f"latent: it has {self.samples.ndim - 2} axes after the channels and this model's have {axes}: it is of another model's format.")
+        if mask is not None and not torch.isfinite(mask).all():
+            raise ValueError("latent: its noise mask holds NaN or infinite values, so where to redraw is not known. Make the mask again.")
+        check_vae(model, vae)
         self.temporal_ratio = temporal_ratio(self.format)
         self.attention, self.unpatched = AttentionSettings(settings.attention_strength), None
         try:
@@ -90,7 +91,10 @@ class Refiner:
         except ValueError as reason:
             self.attention, self.unpatched = AttentionSettings(0.0), str(reason)
             logging.warning("Artifact Guard: refining goes on without the attention patch. %s", reason)
-        self.maps, self.probabilities = self.judge(decode(vae, self.samples))
+        images = decode(vae, self.samples)
+        if not torch.isfinite(images).all():
+            raise ValueError("vae: it gives NaN or infinite values for this latent. Decode in fp32 (start ComfyUI with --fp32-vae).")
+        self.maps, self.probabilities = self.judge(images)
         self.report = [{"sample": i, "before": p, "rounds": []} for i, p in enumerate(self.probabilities.tolist())]
 
     def judge(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

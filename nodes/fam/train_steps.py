@@ -14,6 +14,9 @@ import comfy.samplers
 from .noise import add_map
 from .training_data import Draw, LatentData
 
+GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "sampler_calc_cond_batch_function")
+"""What core's guiders ask for the prediction, in model_options."""
+
 
 def output_factor(sampling, sigma: torch.Tensor) -> torch.Tensor:
     """d(clean latent) / d(network output) at sigma (B,): -sigma for noise and velocity."""
@@ -61,6 +64,15 @@ def merge_conditions(conditions: list[dict]) -> dict:
         for name, value in first["model_conds"].items()
     }
     return first | {"model_conds": merged}
+
+
+def without_guidance(model):
+    """A clone of a ModelPatcher that predicts without the guidance on it (PAG, SAG, RescaleCFG and the like): what is trained is the
+    network's own prediction, not what guidance makes of it."""
+    model = model.clone()
+    for name in GUIDANCE:
+        model.model_options.pop(name, None)
+    return model
 
 
 class TrainSteps(comfy.samplers.Sampler):

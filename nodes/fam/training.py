@@ -114,8 +114,9 @@ class Training:
         self.split_seed = settings.seed if earlier is None else earlier.seed
         generator = torch.Generator().manual_seed(self.split_seed)
         self.train_images, self.held_images = [], []
-        for (train, held), images in zip(per_class(len(real), len(generated), split_held_out, generator), (real, generated)):
-            pixels = (fit_images(images, shape) * 255).round().byte()
+        split = per_class(len(real), len(generated), split_held_out, generator)
+        for (train, held), images, name in zip(split, (real, generated), ("real", "generated")):
+            pixels = (fit_images(images, shape, name) * 255).round().byte()
             self.train_images.append(pixels[train])
             self.held_images.append(pixels[held])
         if start is None:

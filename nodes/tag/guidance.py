@@ -14,6 +14,7 @@ import torch
 from comfy.model_patcher import set_model_options_post_cfg_function
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
+from ..coordinates import between
 from ..latents import FrameLayout, check_latent
 from .alignment import length
 from .answer import Answer
@@ -139,8 +140,7 @@ class GuidedRun:
         device = guider.model_patcher.load_device
         record.schedule = Schedule.of(model_sampling)
         self.process = Process(model_sampling, record.schedule, device)
-        limits = (model_sampling.percent_to_sigma(p) for p in (settings.start_percent, settings.end_percent))
-        self.sigma_start, self.sigma_end = (float(limit) for limit in limits)
+        self.limits = [float(model_sampling.percent_to_sigma(p)) for p in (settings.start_percent, settings.end_percent)]
         image, weight, painted = FrameLayout.of([self.layout.shape]), None, None
         self.mask: torch.Tensor | None = None
         self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -239,7 +239,7 @@ class GuidedRun:
     def _within(self, timestep: torch.Tensor) -> bool:
         if self.settings.start_percent == 0 and self.settings.end_percent == 1:
             return True
-        return self.sigma_end <= float(timestep.max()) <= self.sigma_start
+        return between(float(timestep.max()), *self.limits)
 
     WRAPPERS = {
         WrappersMP.SAMPLER_SAMPLE: sampler_sample, WrappersMP.PREDICT_NOISE: predict_noise, WrappersMP.CALC_COND_BATCH: calc_cond_batch,

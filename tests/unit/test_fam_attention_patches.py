@@ -1,7 +1,11 @@
 """The attention patch beside other patches, in part of the schedule, in some of the blocks, and after an error."""
 
+import math
+
+import comfy.samplers
 import pytest
 import torch
+from artifact_guard.nodes.coordinates import between
 from comfy_extras import nodes_lt
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
@@ -126,6 +130,26 @@ def test_percent_range(sd15):
     marked[2:7, 1:6] = True
     ratio = (early.keys[3 * calls].norm(dim=2) / bare.keys[3 * calls].norm(dim=2))[:, marked.flatten()]
     assert (ratio - 1).abs().max() < STRENGTH / 2
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "wan", "lumina2", "ltxv", "hunyuan_video", "qwen_image"])
+def test_a_step_at_the_limit_of_a_range_is_in_the_range_that_begins_there(family):
+    """Schedules are float32 and percent_to_sigma is not: of Wan's steps one lies at 0.8888888955 where 0.8888888889 is asked for."""
+    sampling, seen = small_model(family).model.get_model_object("model_sampling"), 0
+    for steps in (4, 5, 8, 10, 20, 25):
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", steps).tolist()
+        for k in range(1, steps):
+            limit = float(sampling.percent_to_sigma(k / steps))
+            if abs(sigmas[k] / limit - 1) < 1e-6:
+                seen += 1
+                assert between(sigmas[k], limit, 0.0) and not between(sigmas[k], math.inf, limit), (steps, k)
+    assert seen > 10
+
+
+def test_the_range_of_a_single_step():
+    small = small_model("ltxv")
+    bare, patched = (sample(small, model, steps=4) for model in (small.model, patch(small, square(), start_percent=0.25, end_percent=0.5)))
+    assert not close(bare, patched)
 
 
 @pytest.mark.parametrize("family, blocks, calls", [

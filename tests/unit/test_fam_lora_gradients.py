@@ -10,6 +10,8 @@ from artifact_guard.nodes.fam.checkpointing import KeepWhatWasSaved, checkpointe
 from artifact_guard.nodes.fam.lora_settings import step_seed
 from artifact_guard.nodes.fam.train_steps import output_factor
 from comfy_extras.nodes_freelunch import FreeU, FreeU_V2
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_train import TrainGuider, TrainSampler
 from torch.utils.checkpoint import checkpoint
 
@@ -98,6 +100,17 @@ def test_checkpointing_changes_no_gradient_under_freeu(node):
     for name, value in found[0].items():
         assert (value - found[1][name]).norm() <= 1e-4 * (value.norm() + 1e-2 * largest), name
     assert max((value - found[2][name]).norm() for name, value in found[0].items()) > 1e-2 * largest, "it acts"
+
+
+@pytest.mark.parametrize("guide", [
+    lambda model: PerturbedAttentionGuidance.execute(model, 3.0)[0], lambda model: SelfAttentionGuidance.execute(model, 3.0, 2.0)[0],
+], ids=["PAG", "SAG"])
+def test_the_networks_own_prediction_is_trained_whatever_guidance_is_on_the_model(guide):
+    small, found = small_model("sd15"), []
+    for model in (small.model, guide(small.model)):
+        training, _ = start(small, settings(base_fraction=1.0), model)
+        found.append(gradients(training))
+    assert equal(*found)
 
 
 def test_a_users_patch_on_some_blocks_stays_on_these_when_they_are_computed_again():

@@ -1,6 +1,7 @@
 """Refining: what is redrawn and from what, what is left bit for bit, what is kept, and what is reported."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,6 +220,23 @@ def test_settings_that_cannot_work(demo, wrong, words):
 def test_latents_that_cannot_be_refined(demo, samples, words):
     with pytest.raises(ValueError, match=words):
         run(demo, {"samples": samples})
+
+
+def test_masks_and_vaes_that_cannot_be_used(demo):
+    model, vae = demo
+    mask = torch.ones(1, 32, 32)
+    mask[0, 3, 4] = torch.nan
+    with pytest.raises(ValueError, match="latent: its noise mask holds NaN"):
+        run(demo, flawed() | {"noise_mask": mask})
+    with pytest.raises(ValueError, match="latent: it has 3 axes after the channels and this model's have 2"):
+        run(demo, {"samples": torch.ones(1, 3, 2, 32, 32)})
+    with pytest.raises(ValueError, match="vae: it gives NaN.*--fp32-vae"):
+        run((model, SimpleNamespace(decode=lambda samples: torch.full((2, 32, 32, 3), torch.nan))), flawed())
+    with pytest.raises(ValueError, match="vae: none came"):
+        run((model, None), flawed())
+    with pytest.raises(ValueError, match="vae: it decodes latents of 16 channels and this model's have 3"):
+        run((model, SimpleNamespace(latent_channels=16)), flawed())
+
 
 
 class Frames:

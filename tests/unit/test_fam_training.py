@@ -311,7 +311,7 @@ def test_the_last_picture_on_the_page_is_the_curves_that_come_out(monkeypatch):
     (images(16), torch.cat([images(16), torch.ones(16, 32, 32, 1)], dim=-1), "3 channels and generated ones 4"),
     (images(16, 32), images(16, 48), "real images are 32x32 pixels and generated ones 48x48"),
     (images(16)[..., :1], images(16), "real images have 1 channels and generated ones 3"),
-    (images(16), torch.full((16, 32, 32, 3), torch.nan), "the image holds NaN"),
+    (images(16), torch.full((16, 32, 32, 3), torch.nan), "generated: the image holds NaN"),
     (images(16), images(16)[0], r"generated: an IMAGE of shape \(count, height, width, channels\) is wanted, \(32, 32, 3\) came"),
 ])
 def test_training_images_that_cannot_work(real, generated, words):
