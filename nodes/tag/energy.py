@@ -53,7 +53,7 @@ class EnergyGrid:
         log p(u | level) = -n/2 (ln v + |u - alpha * anchor|^2 / (n v)) + const, every level equally likely before.
         """
         coarse = minus_log_likelihood(across, away, *self.of_coarse).argmin(dim=-1)
-        fine = self.of_fine[coarse + self.starts]
+        fine = self.of_fine[coarse if len(self.starts) == 1 else coarse + self.starts]
         levels, *terms = fine.unbind(-2)
         unlikely = minus_log_likelihood(across, away, *terms)
         return Posterior.of(levels, (unlikely * self.minus_half_of_them).softmax(dim=-1), fine[..., 1:, :])
