@@ -11,7 +11,7 @@ from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
 
-from tests.small_models import not_in_this_release, sample, small_model
+from tests.small_models import not_in_this_release, reachable, sample, small_model
 from tests.unit.attention_support import STRENGTH, Spy, close, patch, square, watched
 
 
@@ -77,7 +77,7 @@ def two_tiles(apply_model, given):
 @pytest.mark.parametrize("family", ["sd15", "flux", "sd3", "wan"])
 def test_a_wrapper_that_cuts_the_latent_up(family, wrapper, caplog):
     """As tiled diffusion does it: where the parts lie nobody tells, so the model runs as without the patch, which is said once."""
-    small = small_model(family)
+    small = reachable(small_model(family))
     model = small.model.clone()
     model.set_model_unet_function_wrapper(wrapper)
     bare, marked = (watched(small, flaw_map, model=model, steps=2) for flaw_map in (None, torch.ones(1, 16, 16)))
@@ -158,7 +158,7 @@ def test_the_range_of_a_single_step():
 ])
 def test_blocks(family, blocks, calls):
     """The first call that differs from the bare model is that of the first chosen block."""
-    small = small_model(family)
+    small = reachable(small_model(family))
     try:
         patch(small, square(), blocks=blocks)
     except ValueError as error:
@@ -180,7 +180,7 @@ def test_blocks(family, blocks, calls):
     ("sdxl", "input.0-1", "there is no attention in them. It is in input"),
 ])
 def test_blocks_that_are_not_there(family, blocks, words):
-    small = small_model(family)
+    small = reachable(small_model(family))
     with pytest.raises(ValueError, match=words):
         patch(small, square(), blocks=blocks)
 
