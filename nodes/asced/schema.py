@@ -155,8 +155,8 @@ class ASCEDOptions(io.ComfyNode):
                     tooltip="targeted: how many steps back to take the image that is renoised. 1 is the latest; larger "
                     "goes further back before the artifact, and loses detail.",
                 ),
-                fraction("blur", 0.5, LENGTH_STEP, "clean estimate and weighted score: smoothing of the changes before they are judged, as a fraction of the "
-                         "shorter side (at least one latent pixel). Larger ignores finer artifacts. 0: none."),
+                fraction("blur", 0.5, LENGTH_STEP, "clean estimate and weighted score: smoothing of the changes before they are "
+                         "judged, as a fraction of the shorter side (at least one latent pixel). Larger ignores finer artifacts. 0: none."),
                 fraction("min_area", 1.0, 0.0001, "Regions must be larger than this fraction of the image."),
                 fraction("max_area", 1.0, 0.001, "Regions must be smaller than this fraction of the image."),
                 fraction("min_width", 0.5, LENGTH_STEP, "Regions must be at least this wide, as a fraction of the shorter "

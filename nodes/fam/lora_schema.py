@@ -22,7 +22,6 @@ from .lora_state import NEW_RUN, RunFile, changes, read_run, restore, run_names
 from .training_data import LatentData
 from .vae import check_vae
 
-
 SAVE_EVERY = 250
 CANCELLED = CancelledRuns()
 

@@ -79,7 +79,10 @@ class Refiner:
             raise ValueError(f"latent: it has no image part (its shape is {tuple(samples.shape)}), so there is nothing to refine.")
         axes, mask = getattr(self.format, "latent_dimensions", 2), latent.get("noise_mask")
         if self.samples.ndim != axes + 2:
-            raise ValueError(f"latent: it has {self.samples.ndim - 2} axes after the channels and this model's have {axes}: it is of another model's format.")
+            raise ValueError(
+                f"latent: it has {self.samples.ndim - 2} axes after the channels and this model's have {axes}: it is of another model's "
+                "format. Encode the images with the model's own VAE."
+            )
         if mask is not None and not torch.isfinite(mask).all():
             raise ValueError("latent: its noise mask holds NaN or infinite values, so where to redraw is not known. Make the mask again.")
         check_vae(model, vae)

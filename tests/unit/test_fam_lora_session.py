@@ -203,8 +203,9 @@ def test_a_file_that_lacks_something_is_refused_in_words(small, files):
         key for key in tensors if key.startswith("average.")))]
     for number, parts in enumerate(lacking):
         save_model_file(FOLDER, f"part{number}", KIND, *parts)
-        with pytest.raises(ValueError, match=f"resume: part{number}_00001_.safetensors is not a whole training run: it lacks (judged|losses|average)"):
-            train(small, resume=f"part{number}_00001_.safetensors", steps=9)
+        name = f"part{number}_00001_.safetensors"
+        with pytest.raises(ValueError, match=f"resume: {name} is not a whole training run: it lacks (judged|losses|average)"):
+            train(small, resume=name, steps=9)
 
 
 def test_a_change_of_settings_is_told(small, files, caplog):
